@@ -1,0 +1,37 @@
+"""Sparse training in JAX: ST-3 as a function of parameters and an Optax transform.
+
+    tx = st3jax.st3(optax.sgd(0.1, momentum=0.9), sparsity=0.9)   # wraps your optimizer
+    params = st3jax.sparsify(params, opt_state)                   # in your loss
+    weights = st3jax.finalize(params, opt_state)                  # exact zeros, to ship
+
+NNX models use :mod:`st3jax.nnx`, imported by name; new methods are built from
+:mod:`st3jax.ops` and :mod:`st3jax.selection`.
+"""
+
+from st3jax import ops, scores, selection
+from st3jax.base import SparseState, finalize, find_state, sparsify
+from st3jax.methods.st3 import ST3State, st3
+from st3jax.metrics import Layer, Summary, summary
+from st3jax.one_shot import prune
+from st3jax.schedules import polynomial_ramp
+from st3jax.trees import is_kernel
+from st3jax.version import __version__
+
+__all__ = [
+    "Layer",
+    "ST3State",
+    "SparseState",
+    "Summary",
+    "__version__",
+    "finalize",
+    "find_state",
+    "is_kernel",
+    "ops",
+    "polynomial_ramp",
+    "prune",
+    "scores",
+    "selection",
+    "sparsify",
+    "st3",
+    "summary",
+]

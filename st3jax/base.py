@@ -1,0 +1,128 @@
+"""The protocol of a method: a state in the optimizer that knows how to sparsify.
+
+A sparse-training method is one factory that wraps an optimizer and one state type with
+a method ``effective_params``. The functions here find that state, wherever Optax has
+nested it, and apply it.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from st3jax.trees import check_same_structure
+
+__all__ = ["SparseState", "finalize", "find_state", "sparsify"]
+
+
+@runtime_checkable
+class SparseState(Protocol):
+    """Optimizer state of a sparse-training method.
+
+    Attributes:
+        thresholds: Scalar for each prunable leaf, ``optax.MaskedNode`` elsewhere.
+        inner_state: State of the wrapped optimizer.
+    """
+
+    thresholds: Any
+    inner_state: Any
+
+    def effective_params(self, params: Any) -> Any:
+        """The weights that the model sees, as a pure function of raw weights."""
+        ...
+
+
+def find_state(opt_state: Any) -> SparseState:
+    """The one sparse-training state inside an optimizer state.
+
+    Args:
+        opt_state: State of any Optax transform, nested as deep as it may be.
+
+    Returns:
+        The state of the sparse-training method.
+
+    Raises:
+        ValueError: If there is none or more than one.
+
+    Example:
+        >>> import optax, st3jax
+        >>> tx = optax.chain(optax.identity(), st3jax.st3(optax.sgd(0.1), 0.9))
+        >>> opt_state = tx.init({"kernel": jax.numpy.ones((2, 3))})
+        >>> type(find_state(opt_state)).__name__
+        'ST3State'
+    """
+    found, queue = [], [opt_state]
+    while queue:
+        nodes = jax.tree.leaves(
+            queue.pop(), is_leaf=lambda node: isinstance(node, SparseState)
+        )
+        states = [node for node in nodes if isinstance(node, SparseState)]
+        found += states
+        queue += [state.inner_state for state in states]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(type(state).__name__ for state in found)
+        raise ValueError(
+            f"the optimizer state holds {len(found)} sparse-training states ({names}), "
+            "but weights can follow only one: wrap the optimizer in one method"
+        )
+    raise ValueError(
+        "the optimizer state holds no sparse-training state: wrap the optimizer, as in "
+        "tx = st3jax.st3(optax.sgd(0.1), sparsity=0.9), and pass the state of that tx"
+    )
+
+
+def sparsify(params: Any, opt_state: Any) -> Any:
+    """The sparse weights that the model sees, made from the raw weights.
+
+    A pure function, to be called inside the loss: zeros are exact, and gradients reach
+    the raw weights by the method's own rule.
+
+    Args:
+        params: Raw weights, in the structure that the optimizer was initialised with.
+        opt_state: Optimizer state that holds one sparse-training state.
+
+    Returns:
+        Pytree of the structure, shapes and dtypes of ``params``. Leaves that are not
+        prunable are passed through.
+
+    Raises:
+        ValueError: If the optimizer state holds no or several sparse-training states,
+            or belongs to other parameters.
+
+    Example:
+        >>> import optax, st3jax
+        >>> params = {"kernel": jax.numpy.array([[1.0, -2.0, 3.0, -4.0]])}
+        >>> tx = st3jax.st3(optax.sgd(0.0), sparsity=0.5, rescale=False)
+        >>> opt_state = tx.init(params)
+        >>> _, opt_state = tx.update(params, opt_state, params)
+        >>> sparsify(params, opt_state)["kernel"].tolist()
+        [[0.0, 0.0, 0.5, -1.5]]
+    """
+    state = find_state(opt_state)
+    check_same_structure(state.thresholds, params)
+    return state.effective_params(params)
+
+
+def finalize(params: Any, opt_state: Any) -> Any:
+    """The weights to evaluate and to ship: exact zeros, no gradient.
+
+    Args:
+        params: Raw weights, in the structure that the optimizer was initialised with.
+        opt_state: Optimizer state that holds one sparse-training state.
+
+    Returns:
+        What :func:`sparsify` returns, cut off from differentiation.
+
+    Raises:
+        ValueError: As :func:`sparsify`.
+
+    Example:
+        >>> import optax, st3jax
+        >>> params = {"kernel": jax.numpy.array([[1.0, -2.0, 3.0, -4.0]])}
+        >>> tx = st3jax.st3(optax.sgd(0.0), sparsity=0.5, soft=False, rescale=False)
+        >>> _, opt_state = tx.update(params, tx.init(params), params)
+        >>> finalize(params, opt_state)["kernel"].tolist()
+        [[0.0, 0.0, 3.0, -4.0]]
+    """
+    return jax.lax.stop_gradient(sparsify(params, opt_state))

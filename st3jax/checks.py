@@ -1,0 +1,93 @@
+"""Checks of what a user passes in, with a sentence that names value and way out."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["check_choice", "check_fraction", "check_steps", "is_concrete"]
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether a value can be looked at now, rather than only while a program runs.
+
+    Example:
+        >>> is_concrete(0.9)
+        True
+    """
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_fraction(value: Any, name: str) -> None:
+    """Raises unless ``value`` is a scalar in [0, 1]; traced values pass.
+
+    Args:
+        value: What the user passed.
+        name: What the user calls it, for the message.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not in [0, 1].
+
+    Example:
+        >>> check_fraction(90, "sparsity")
+        Traceback (most recent call last):
+        ValueError: sparsity is a fraction in [0, 1], got 90: for 90 % write 0.9
+    """
+    if not is_concrete(value):
+        return
+    if isinstance(value, bool | str) or np.ndim(value) != 0:
+        raise TypeError(f"{name} is a number in [0, 1], got {value!r}")
+    try:
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"{name} is a number in [0, 1], got {value!r}") from None
+    if not 0.0 <= number <= 1.0:
+        percent = 1.0 < number <= 100.0
+        hint = f": for {number:g} % write {number / 100:g}" if percent else ""
+        raise ValueError(f"{name} is a fraction in [0, 1], got {value}{hint}")
+
+
+def check_steps(value: Any, name: str, at_least: int) -> None:
+    """Raises unless ``value`` is a whole number of steps, ``at_least`` or more.
+
+    Args:
+        value: What the user passed.
+        name: What the user calls it, for the message.
+        at_least: The smallest allowed number.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is too small.
+
+    Example:
+        >>> check_steps(-5, "begin", 0)
+        Traceback (most recent call last):
+        ValueError: begin is a number of steps, 0 or more, got -5
+    """
+    if not is_concrete(value):
+        return
+    whole = not isinstance(value, bool | str) and np.ndim(value) == 0
+    if not whole or not math.isfinite(value) or value != int(value):
+        raise TypeError(f"{name} is a whole number of steps, got {value!r}")
+    if value < at_least:
+        raise ValueError(
+            f"{name} is a number of steps, {at_least} or more, got {value}"
+        )
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raises unless ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: With the choices in its text.
+
+    Example:
+        >>> check_choice("l2", "criterion", ("l1", "l1_sigma"))
+        Traceback (most recent call last):
+        ValueError: criterion is one of 'l1', 'l1_sigma', got 'l2'
+    """
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} is one of {listed}, got {value!r}")

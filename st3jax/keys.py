@@ -1,0 +1,96 @@
+"""Integer keys: the bit pattern of a magnitude, which orders magnitudes exactly.
+
+For non-negative floating-point numbers the bit pattern, read as an integer, grows
+with the number. Comparing keys instead of floats makes three things exact that float
+comparison leaves to the platform: subnormal numbers (flushed to zero by some
+processors when compared as floats), negative zero (the same key as positive zero) and
+NaN (one key, above infinity).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["from_key", "is_positive", "key_dtype", "score_dtype", "to_key"]
+
+
+def score_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which magnitudes of arrays of these dtypes are compared.
+
+    Args:
+        *dtypes: Floating-point dtypes.
+
+    Returns:
+        float64 if any of them is float64, else float32.
+
+    Raises:
+        TypeError: If one of them is not a floating-point dtype.
+
+    Example:
+        >>> score_dtype(jnp.bfloat16, jnp.float32)
+        dtype('float32')
+    """
+    for dtype in dtypes:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"magnitudes are floating-point numbers, got {dtype}")
+    wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def key_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The integer dtype of the keys of a float32 or float64 array.
+
+    Example:
+        >>> key_dtype(jnp.float32)
+        dtype('int32')
+    """
+    return jnp.dtype(jnp.int64 if jnp.dtype(dtype) == jnp.float64 else jnp.int32)
+
+
+def to_key(x: jax.typing.ArrayLike) -> jax.Array:
+    """Maps each element to an integer that orders magnitudes.
+
+    Args:
+        x: Array of any shape and floating-point dtype.
+
+    Returns:
+        Non-negative integers of the same shape, int64 for float64 and int32 otherwise:
+        0 for both zeros, growing with ``|x|``, and one value above infinity for NaN.
+
+    Example:
+        >>> to_key(jnp.array([-0.0, 1.0, -1.0])).tolist()
+        [0, 1065353216, 1065353216]
+    """
+    x = jnp.asarray(x)
+    x = x.astype(score_dtype(x.dtype))
+    integer = key_dtype(x.dtype)
+    key = lax.bitcast_convert_type(x, integer) & jnp.iinfo(integer).max
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), integer)
+    return jnp.minimum(key, infinity + 1)
+
+
+def from_key(key: jax.Array) -> jax.Array:
+    """The magnitude that a key stands for, the inverse of :func:`to_key`.
+
+    Args:
+        key: int32 or int64 array of keys.
+
+    Returns:
+        float32 or float64 array of the same shape.
+
+    Example:
+        >>> from_key(to_key(jnp.float32(-2.5))).item()
+        2.5
+    """
+    dtype = jnp.float64 if key.dtype == jnp.int64 else jnp.float32
+    return lax.bitcast_convert_type(key, dtype)
+
+
+def is_positive(x: jax.typing.ArrayLike) -> jax.Array:
+    """Whether each element is above zero, subnormal numbers included, NaN excluded.
+
+    Example:
+        >>> is_positive(jnp.array([-1.0, 0.0, 1e-45, jnp.nan])).tolist()
+        [False, False, True, False]
+    """
+    return (to_key(x) > 0) & ~jnp.signbit(x) & ~jnp.isnan(x)

@@ -1,0 +1,1 @@
+"""Sparse-training methods, one file each; none knows another."""

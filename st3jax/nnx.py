@@ -1,0 +1,61 @@
+"""The same two functions for Flax NNX, on modules and optimizers."""
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+from st3jax import base
+
+__all__ = ["finalize", "sparsify"]
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def sparsify(model: M, optimizer: nnx.Optimizer[M]) -> M:
+    """A view of the model with the sparse weights, to be called inside the loss.
+
+    The view shares every variable but the optimizer's own with the model, so BatchNorm
+    statistics and random streams that a forward pass updates are updated in the model.
+
+    Args:
+        model: The module with the raw weights.
+        optimizer: Its ``nnx.Optimizer`` around a sparse-training transform.
+
+    Returns:
+        A module of the same type.
+
+    Raises:
+        ValueError: If the optimizer has no or several sparse-training states.
+
+    Example:
+        >>> import optax, st3jax
+        >>> model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        >>> tx = st3jax.st3(optax.sgd(0.1), sparsity=0.75)
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> def loss_fn(model):
+        ...     return (sparsify(model, optimizer)(jax.numpy.ones((1, 4))) ** 2).sum()
+        >>> _ = optimizer.update(model, nnx.grad(loss_fn)(model))
+        >>> int((finalize(model, optimizer).kernel[...] == 0).sum())
+        12
+    """
+    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    values = base.sparsify(nnx.as_pure(params), nnx.as_pure(optimizer.opt_state))
+    sparse = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(values))
+    return nnx.merge(graphdef, sparse, rest)
+
+
+def finalize(model: M, optimizer: nnx.Optimizer[M]) -> M:
+    """A copy of the model with the weights to evaluate and to ship: exact zeros.
+
+    Args:
+        model: The module with the raw weights.
+        optimizer: Its ``nnx.Optimizer`` around a sparse-training transform.
+
+    Returns:
+        A module of the same type that shares nothing with ``model``.
+
+    Raises:
+        ValueError: As :func:`sparsify`.
+    """
+    return nnx.clone(sparsify(model, optimizer))

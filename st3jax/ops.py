@@ -1,0 +1,221 @@
+"""Thresholding of weights with straight-through gradients.
+
+The contract of every function here: the gradient of the result with respect to ``w``
+is the identity, for kept and for zeroed weights alike; thresholds and scales are not
+differentiated. A weight is kept where its magnitude is strictly above the threshold.
+Zeroed weights are ``+0.0``, and a kept weight never rounds to zero. While a threshold
+is not above zero it is off. Output channels are the last axis. float16 and bfloat16
+are computed in float32 and returned as they came.
+
+Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
+Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from st3jax.keys import is_positive, score_dtype, to_key
+
+__all__ = [
+    "channel_scale",
+    "hard_threshold",
+    "hold_zeros",
+    "rescale",
+    "smallest_kept",
+    "soft_threshold",
+]
+
+
+def smallest_kept(dtype: jnp.dtype) -> float:
+    """The least magnitude of a kept weight, so that only zeroed weights are zero.
+
+    Example:
+        >>> smallest_kept(jnp.dtype(jnp.float16))
+        5.960464477539063e-08
+    """
+    if dtype == jnp.float16:
+        return float(jnp.finfo(dtype).smallest_subnormal)
+    return 2 * float(jnp.finfo(dtype).smallest_normal)
+
+
+@jax.custom_vjp
+def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
+    wide = w.astype(score_dtype(w.dtype))
+    t = t.astype(wide.dtype)
+    size = jnp.maximum(jnp.abs(wide) - t, smallest_kept(w.dtype))
+    shrunk = jnp.where(to_key(wide) > to_key(t), jnp.copysign(size, wide), 0)
+    return jnp.where(is_positive(t), shrunk, wide).astype(w.dtype)
+
+
+@jax.custom_vjp
+def _hard_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
+    kept = to_key(w) > to_key(t.astype(score_dtype(w.dtype)))
+    return jnp.where(kept | ~is_positive(t), w, jnp.zeros_like(w))
+
+
+@jax.custom_vjp
+def _rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return (x.astype(score_dtype(x.dtype)) * scale).astype(x.dtype)
+
+
+def _straight_through_bwd(other: jax.Array, g: jax.Array):
+    return g, jnp.zeros_like(other)
+
+
+_soft_threshold.defvjp(lambda w, t: (_soft_threshold(w, t), t), _straight_through_bwd)
+_hard_threshold.defvjp(lambda w, t: (_hard_threshold(w, t), t), _straight_through_bwd)
+_rescale.defvjp(lambda x, scale: (_rescale(x, scale), scale), _straight_through_bwd)
+
+
+@jax.custom_vjp
+def _hold_zeros(w: jax.Array, hold: jax.Array) -> jax.Array:
+    del hold
+    return w
+
+
+def _hold_zeros_bwd(residuals, g: jax.Array):
+    w, hold = residuals
+    return jnp.where(hold & (to_key(w) == 0), jnp.zeros_like(g), g), None
+
+
+_hold_zeros.defvjp(lambda w, hold: (w, (w, hold)), _hold_zeros_bwd)
+
+
+def soft_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+    r"""Shrinks every weight towards zero by ``t``; the small ones become zero.
+
+    .. math::
+        f(w) = (w - \operatorname{sign}(w)\, t) \; [\,|w| > t\,],
+        \qquad \frac{\partial L}{\partial w} := \frac{\partial L}{\partial f}
+
+    Unlike the hard threshold, this is continuous in ``w`` and in ``t``, so a weight
+    passes zero without a jump.
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``; off
+            (the result is ``w``) where it is not above zero.
+
+    Returns:
+        Array of the shape and dtype of ``w``. NaN and infinity stay what they are.
+
+    Example:
+        >>> soft_threshold(jnp.array([-3.0, -1.0, 0.5, 2.0]), 1.0).tolist()
+        [-2.0, 0.0, 0.0, 1.0]
+        >>> jax.grad(lambda w: (soft_threshold(w, 1.0) * jnp.arange(4.0)).sum())(
+        ...     jnp.array([-3.0, -1.0, 0.5, 2.0])).tolist()
+        [0.0, 1.0, 2.0, 3.0]
+
+    References:
+        arXiv:2212.01076, section 3.
+    """
+    w = jnp.asarray(w)
+    return _soft_threshold(w, jnp.asarray(t, score_dtype(w.dtype)))
+
+
+def hard_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+    r"""Sets the weights of magnitude up to ``t`` to zero and leaves the others.
+
+    .. math::
+        f(w) = w \; [\,|w| > t\,],
+        \qquad \frac{\partial L}{\partial w} := \frac{\partial L}{\partial f}
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``; off
+            (the result is ``w``) where it is not above zero.
+
+    Returns:
+        Array of the shape and dtype of ``w``.
+
+    Example:
+        >>> hard_threshold(jnp.array([-3.0, -1.0, 0.5, 2.0]), 1.0).tolist()
+        [-3.0, 0.0, 0.0, 2.0]
+
+    References:
+        arXiv:2212.01076, section 3.
+    """
+    w = jnp.asarray(w)
+    return _hard_threshold(w, jnp.asarray(t, score_dtype(w.dtype)))
+
+
+def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+    r"""The factor that makes up for the magnitude an output channel lost.
+
+    .. math::
+        r = \frac{\operatorname{mean}(|w|\,[\,|w| > t\,]) + 10^{-6}}
+                 {\operatorname{mean}(|w|) + 10^{-6}},
+        \qquad \text{scale} = \frac{1.01}{r + 0.01}
+
+    with the means over all axes but the last.
+
+    Args:
+        w: Raw weights, output channels last, any floating-point dtype.
+        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``.
+
+    Returns:
+        Array of shape ``w.shape[-1:]``, float64 for float64 weights and float32
+        otherwise, between 1 (nothing lost) and 101; 1 where ``t`` is off.
+
+    Example:
+        >>> w = jnp.array([[1.0, 3.0], [1.0, 1.0]])
+        >>> [round(float(x), 2) for x in channel_scale(w, 2.0)]  # the first lost all
+        [100.99, 1.33]
+
+    References:
+        arXiv:2212.01076, section 3.
+    """
+    w = jnp.asarray(w)
+    size = jnp.abs(w.astype(score_dtype(w.dtype)))
+    t = jnp.asarray(t, size.dtype)
+    kept = jnp.where((to_key(size) > to_key(t)) | ~is_positive(t), size, 0)
+    axes = tuple(range(w.ndim - 1))
+    r = (kept.mean(axes) + 1e-6) / (size.mean(axes) + 1e-6)
+    return jax.lax.stop_gradient(1.01 / (r + 0.01))
+
+
+def rescale(x: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
+    r"""Multiplies each output channel by its scale, with identity gradient.
+
+    .. math::
+        f(x) = x \cdot \text{scale},
+        \qquad \frac{\partial L}{\partial x} := \frac{\partial L}{\partial f}
+
+    Args:
+        x: Thresholded weights, output channels last, any floating-point dtype.
+        scale: Array of shape ``x.shape[-1:]``, from :func:`channel_scale`.
+
+    Returns:
+        Array of the shape and dtype of ``x``.
+
+    Example:
+        >>> rescale(jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([2.0, 3.0])).tolist()
+        [[2.0, 0.0], [0.0, 6.0]]
+
+    References:
+        arXiv:2212.01076, section 3.
+    """
+    x = jnp.asarray(x)
+    return _rescale(x, jnp.asarray(scale, score_dtype(x.dtype)))
+
+
+def hold_zeros(w: jax.typing.ArrayLike, hold: jax.typing.ArrayLike) -> jax.Array:
+    r"""The weights themselves; while ``hold``, zeros receive no gradient.
+
+    .. math::
+        f(w) = w, \qquad \frac{\partial L}{\partial w} :=
+        \frac{\partial L}{\partial f} \; [\,w \neq 0 \text{ or not hold}\,]
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        hold: Boolean scalar.
+
+    Returns:
+        ``w``.
+
+    Example:
+        >>> w = jnp.array([0.0, 2.0])
+        >>> jax.grad(lambda w: hold_zeros(w, True).sum())(w).tolist()
+        [0.0, 1.0]
+    """
+    return _hold_zeros(jnp.asarray(w), jnp.asarray(hold, bool))

@@ -1,0 +1,64 @@
+"""How the asked sparsity grows over training: a ramp is an ordinary Optax schedule."""
+
+import math
+
+import optax
+
+from st3jax.checks import check_fraction, check_steps
+
+__all__ = ["polynomial_ramp"]
+
+
+def polynomial_ramp(
+    final: float, begin: int, end: int, power: float = 3
+) -> optax.Schedule:
+    r"""Sparsity that rises from 0 to ``final``, fast at first and slower and slower.
+
+    After :math:`c` completed steps,
+
+    .. math::
+        s(c) = \text{final} \left(1 - \left(1 -
+        \frac{c - \text{begin}}{\text{end} - \text{begin}}\right)^{\text{power}}\right)
+
+    between ``begin`` and ``end``, 0 before and ``final`` after.
+
+    Args:
+        final: Sparsity at the end, a fraction in [0, 1].
+        begin: Step up to which nothing is pruned.
+        end: Step from which the sparsity is ``final``, after ``begin``.
+        power: Exponent above 0; 3 in the published results, 2 in the authors' first
+            description, 1 for a straight line.
+
+    Returns:
+        An Optax schedule: a function from step count to sparsity.
+
+    Raises:
+        ValueError: If ``final`` is not in [0, 1], ``end`` is not after ``begin``, a
+            step is negative, or ``power`` is not above 0.
+        TypeError: If an argument is not a number.
+
+    Example:
+        >>> ramp = polynomial_ramp(0.9, begin=100, end=300)
+        >>> [round(float(ramp(step)), 4) for step in (0, 100, 200, 300, 1000)]
+        [0.0, 0.0, 0.7875, 0.9, 0.9]
+
+    References:
+        Zhu and Gupta, arXiv:1710.01878, equation 1; arXiv:2212.01076, section 3.
+    """
+    check_fraction(final, "final sparsity")
+    check_steps(begin, "begin", 0)
+    check_steps(end, "end", 0)
+    if end <= begin:
+        raise ValueError(
+            f"the ramp ends at step {end}, not after it begins at step {begin}; for a "
+            "sparsity that is there at once, pass the number itself"
+        )
+    if not (math.isfinite(power) and power > 0):
+        raise ValueError(f"power is a number above 0, got {power}")
+    return optax.polynomial_schedule(
+        init_value=0.0,
+        end_value=final,
+        power=power,
+        transition_steps=int(end) - int(begin),
+        transition_begin=int(begin),
+    )

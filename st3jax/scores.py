@@ -1,0 +1,91 @@
+"""Scores: how weights of different layers are made comparable.
+
+A score is ``|w|`` times a factor that is the same for a whole leaf, so a threshold on
+scores is a threshold on weights, divided by the factor.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from st3jax.checks import check_choice
+from st3jax.keys import from_key, key_dtype, score_dtype, to_key
+
+__all__ = ["CRITERIA", "score_factor", "scores", "weight_threshold"]
+
+CRITERIA = ("l1", "l1_sigma")
+
+
+def score_factor(criterion: str, shape: tuple[int, ...]) -> float:
+    r"""The factor that turns the magnitudes of a leaf into scores.
+
+    ``"l1"``: 1, magnitudes are compared as they are. ``"l1_sigma"``:
+    :math:`\sqrt{\sum \text{shape}}`, magnitudes are compared in units of
+    :math:`\sigma = 1 / \sqrt{\sum \text{shape}}`, which spreads the zeros more evenly
+    over layers (ST-3-sigma).
+
+    Args:
+        criterion: ``"l1"`` or ``"l1_sigma"``.
+        shape: Shape of the leaf.
+
+    Returns:
+        Positive factor.
+
+    Raises:
+        ValueError: If the criterion is unknown.
+
+    Example:
+        >>> score_factor("l1_sigma", (3, 3, 4, 6))
+        4.0
+
+    References:
+        arXiv:2212.01076, section 3; the normalisation of ERK layer densities.
+    """
+    check_choice(criterion, "criterion", CRITERIA)
+    return 1.0 if criterion == "l1" else math.sqrt(sum(shape))
+
+
+def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
+    """The scores of one leaf: magnitude times the leaf's factor.
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        criterion: ``"l1"`` or ``"l1_sigma"``.
+
+    Returns:
+        Array of the shape of ``w``, float64 for float64 weights and float32 otherwise.
+
+    Example:
+        >>> scores(jnp.array([[-1.0], [2.0], [0.5]]), "l1_sigma").tolist()
+        [[2.0], [4.0], [1.0]]
+    """
+    w = jnp.asarray(w)
+    size = jnp.abs(w.astype(score_dtype(w.dtype)))
+    factor = score_factor(criterion, w.shape)
+    return size if factor == 1.0 else size * factor
+
+
+def weight_threshold(t: jax.Array, factor: float) -> jax.Array:
+    """The threshold on weights that cuts exactly where ``t`` cuts scores.
+
+    Division alone rounds, and a weight right at the threshold could fall on the other
+    side. The result is the largest number whose product with the factor, as rounded,
+    does not exceed ``t``.
+
+    Args:
+        t: Scalar threshold on scores, float32 or float64.
+        factor: Positive factor of the leaf, from :func:`score_factor`.
+
+    Returns:
+        Scalar of the dtype of ``t``.
+
+    Example:
+        >>> weight_threshold(jnp.float32(3.0), 2.0).item()
+        1.5
+    """
+    if factor == 1.0:
+        return t
+    nearest = to_key(t / factor) + jnp.arange(-2, 3, dtype=key_dtype(t.dtype))
+    candidates = from_key(jnp.maximum(nearest, 0))
+    return jnp.max(candidates, initial=0, where=candidates * factor <= t)

@@ -1,0 +1,221 @@
+"""Which leaves of a parameter pytree are prunable, and how to walk over them.
+
+A tree of per-leaf values (thresholds, masks) has the structure of the parameters, with
+an ``optax.MaskedNode`` in the place of every leaf that is not prunable.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = [
+    "Off",
+    "On",
+    "Prunable",
+    "Switch",
+    "check_same_structure",
+    "is_kernel",
+    "map_prunable",
+    "named_leaves",
+    "prunable_leaves",
+    "switch",
+]
+
+LEAF = jax.tree.structure(0)
+
+Prunable = Callable[[str, Any], bool]
+"""Predicate on a leaf's path (names joined by ``/``) and the leaf itself."""
+
+
+class On(NamedTuple):
+    """A static ``True``: part of a pytree's structure, not one of its leaves."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class Off(NamedTuple):
+    """A static ``False``: part of a pytree's structure, not one of its leaves."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+Switch = On | Off
+
+
+def switch(value: bool) -> Switch:
+    """A boolean that a state can carry through ``jit`` without making it a tracer.
+
+    Example:
+        >>> jax.tree.leaves(switch(True)), bool(switch(True)), bool(switch(False))
+        ([], True, False)
+    """
+    return On() if value else Off()
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The names of a key path joined by ``/``, without the boxes around a leaf.
+
+    Example:
+        >>> path_name((jax.tree_util.DictKey("Dense_0"), jax.tree_util.DictKey("bias")))
+        'Dense_0/bias'
+    """
+    last = path[-1] if path else None
+    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+    return jax.tree_util.keystr(
+        path[:-1] if boxed else path, simple=True, separator="/"
+    )
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """The default choice of prunable leaves: convolution and dense kernels.
+
+    Flax names them ``kernel`` in Linen and NNX alike, attention's projections
+    included. Biases (attention's have two axes), normalisation scales and embeddings
+    have other names.
+
+    Args:
+        path: Names on the way to the leaf, joined by ``/``.
+        leaf: The parameter.
+
+    Returns:
+        Whether the last name is ``kernel`` and the leaf has two or more axes.
+
+    Example:
+        >>> is_kernel("Conv_0/kernel", jnp.zeros((3, 3, 4, 8)))
+        True
+        >>> is_kernel("attention/query/bias", jnp.zeros((2, 8)))
+        False
+    """
+    return path.rpartition("/")[2] == "kernel" and jnp.ndim(leaf) >= 2
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path names, in the tree's order.
+
+    Example:
+        >>> list(named_leaves({"b": {"kernel": 1.0}, "a": 2.0}))
+        ['a', 'b/kernel']
+    """
+    return {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, Any]:
+    """The prunable leaves of a parameter pytree by their path names.
+
+    Args:
+        params: Pytree of arrays (or of abstract arrays).
+        prunable: Predicate on (path, leaf).
+
+    Returns:
+        Dictionary from path to leaf, in the tree's order.
+
+    Raises:
+        ValueError: If no leaf is prunable.
+        TypeError: If a prunable leaf is not of a floating-point dtype.
+
+    Example:
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> list(prunable_leaves(params))
+        ['Dense_0/kernel']
+    """
+    leaves = named_leaves(params)
+    chosen = {path: leaf for path, leaf in leaves.items() if prunable(path, leaf)}
+    if not chosen:
+        listed = ", ".join(list(leaves)[:5]) or "none at all"
+        raise ValueError(
+            "no parameter is prunable: the predicate chose none of the "
+            f"{len(leaves)} leaves ({listed}); pass prunable=lambda path, leaf: ..."
+        )
+    for path, leaf in chosen.items():
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter '{path}' is of dtype {dtype}, but only floating-point "
+                "weights can be pruned; leave it out with prunable=..."
+            )
+    return chosen
+
+
+def map_prunable(
+    fn: Callable[[str, Any], Any], params: Any, prunable: Prunable = is_kernel
+) -> Any:
+    """Maps ``fn(path, leaf)`` over prunable leaves, with ``MaskedNode`` elsewhere.
+
+    Raises:
+        ValueError: If no leaf is prunable.
+        TypeError: If a prunable leaf is not of a floating-point dtype.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+        >>> map_prunable(lambda path, leaf: leaf.size, params)
+        {'bias': MaskedNode(), 'kernel': 6}
+    """
+    chosen = prunable_leaves(params, prunable)
+
+    def visit(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_name(path)
+        return fn(name, leaf) if name in chosen else optax.MaskedNode()
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node stands in the place of what is not prunable."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def map_where_prunable(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
+    """Maps ``fn(value, *leaves)`` over a tree of per-leaf values and whole trees.
+
+    Where the value is a ``MaskedNode``, the first tree's part stays as it is.
+    """
+
+    def visit(value: Any, first: Any, *rest: Any) -> Any:
+        return first if is_masked(value) else fn(value, first, *rest)
+
+    return jax.tree.map(visit, values, *trees, is_leaf=is_masked)
+
+
+def check_same_structure(values: Any, params: Any) -> None:
+    """Raises unless a tree of per-leaf values belongs to these parameters.
+
+    Args:
+        values: Scalars (or ``MaskedNode``) in the structure of the parameters that the
+            state was initialised with.
+        params: Pytree of arrays.
+
+    Raises:
+        ValueError: With a path that only one of the two has.
+    """
+    same = True
+    try:
+        pairs = jax.tree.map(
+            lambda value, leaf: is_masked(value) or jax.tree.structure(leaf) == LEAF,
+            values,
+            params,
+            is_leaf=is_masked,
+        )
+        same = all(jax.tree.leaves(pairs))
+    except (ValueError, TypeError, KeyError):
+        same = False
+    if not same:
+        known, given = named_leaves(values), named_leaves(params)
+        missing = next((path for path in known if path not in given), None)
+        what = (
+            f"'{missing}' is missing from the params"
+            if missing
+            else "the params have other leaves besides"
+        )
+        listed = ", ".join(list(given)[:3])
+        raise ValueError(
+            "these params do not have the structure that the optimizer state was "
+            f"initialised with: {what} (they hold {listed}, ...)"
+        )

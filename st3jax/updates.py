@@ -1,0 +1,68 @@
+"""Updates that land where a fixed mask allows: exactly on zero, or anywhere else.
+
+An Optax update is added to a weight, and the sum rounds. Zeros have to come out exact,
+and a kept weight must not become zero by rounding, or the mask would change.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from st3jax.keys import to_key
+from st3jax.ops import smallest_kept
+
+__all__ = ["hold_mask", "step_onto"]
+
+
+def _land(w: jax.Array, update: jax.Array) -> jax.Array:
+    return (w + update).astype(w.dtype)
+
+
+def _off_zero(w: jax.Array, update: jax.Array, sign: jax.Array) -> jax.Array:
+    """The update, moved as little as needed if it would land on zero."""
+    step = jnp.maximum(jnp.abs(w) * jnp.finfo(w.dtype).eps, smallest_kept(w.dtype))
+    aside = (jnp.copysign(step, sign) - w).astype(update.dtype)
+    return jnp.where(to_key(_land(w, update)) == 0, aside, update)
+
+
+def hold_mask(w: jax.Array, update: jax.Array, hold: jax.Array) -> jax.Array:
+    """The update under a fixed mask: zeros stay zero, others never become zero.
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        update: What the optimizer wants to add, same shape.
+        hold: bool [], whether the mask is fixed.
+
+    Returns:
+        The update to add, in the wider of the two dtypes.
+
+    Example:
+        >>> w, update = jnp.array([0.0, 1.0, 1.0]), jnp.array([0.5, 0.5, -1.0])
+        >>> [x != 0 for x in (w + hold_mask(w, update, jnp.array(True))).tolist()]
+        [False, True, True]
+    """
+    update = update.astype(jnp.promote_types(w.dtype, update.dtype))
+    held = jnp.where(to_key(w) == 0, 0, _off_zero(w, update, w))
+    return jnp.where(hold, held, update)
+
+
+def step_onto(w: jax.Array, target: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The update that takes a weight to its target.
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        target: Where to go, same shape and dtype.
+        dtype: Dtype of the update, at least as wide as that of ``w``.
+
+    Returns:
+        Array ``u`` such that ``w + u`` is zero exactly where the target is, and equal
+        to the target up to rounding elsewhere.
+
+    Example:
+        >>> w, target = jnp.array([0.3, 0.3]), jnp.array([0.0, 0.1])
+        >>> (w + step_onto(w, target, jnp.float32)).round(6).tolist()
+        [0.0, 0.10000000149011612]
+    """
+    update = target.astype(dtype) - w.astype(dtype)
+    return jnp.where(
+        to_key(target) == 0, -w.astype(dtype), _off_zero(w, update, target)
+    )
