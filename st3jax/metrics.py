@@ -71,6 +71,7 @@ def summary(params: Any, *, prunable: Prunable = is_kernel) -> Summary:
     }
     weights = sum(layer.weights for layer in layers.values())
     with jax.enable_x64(True):
-        zeros = sum(layer.zeros.astype(jnp.int64) for layer in layers.values())
+        counts = [layer.zeros.astype(jnp.int64) for layer in layers.values()]
+        zeros = jnp.sum(jnp.stack(counts))
         sparsity = (zeros / weights).astype(jnp.float32)
     return Summary(layers, weights, zeros, sparsity)

@@ -39,7 +39,7 @@ def sparsify(model: M, optimizer: nnx.Optimizer[M]) -> M:
         >>> int((finalize(model, optimizer).kernel[...] == 0).sum())
         12
     """
-    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)  # type: ignore[misc]
     values = base.sparsify(nnx.as_pure(params), nnx.as_pure(optimizer.opt_state))
     sparse = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(values))
     return nnx.merge(graphdef, sparse, rest)

@@ -58,7 +58,9 @@ def _rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (x.astype(score_dtype(x.dtype)) * scale).astype(x.dtype)
 
 
-def _straight_through_bwd(other: jax.Array, g: jax.Array):
+def _straight_through_bwd(
+    other: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return g, jnp.zeros_like(other)
 
 
@@ -73,7 +75,9 @@ def _hold_zeros(w: jax.Array, hold: jax.Array) -> jax.Array:
     return w
 
 
-def _hold_zeros_bwd(residuals, g: jax.Array):
+def _hold_zeros_bwd(
+    residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None]:
     w, hold = residuals
     return jnp.where(hold & (to_key(w) == 0), jnp.zeros_like(g), g), None
 

@@ -9,6 +9,8 @@ are integers, and the few scalars that add them up have 64 bits, whether JAX run
 two neighbouring scores. The work is one read of the scores for each bit.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,9 +21,7 @@ from st3jax.keys import from_key, score_dtype, to_key
 __all__ = ["threshold"]
 
 
-def threshold(
-    scores: jax.typing.ArrayLike, fraction: jax.typing.ArrayLike
-) -> jax.Array:
+def threshold(scores: Any, fraction: jax.typing.ArrayLike) -> jax.Array:
     r"""The quantile of all scores together, exact for any number of them.
 
     With the scores sorted, :math:`a_0 \le \dots \le a_{n-1}`, and the position
@@ -78,7 +78,7 @@ def threshold(
 def _count(keys: list[jax.Array], candidate: jax.Array) -> jax.Array:
     """How many keys are below the candidate, int64 []."""
     counts = [jnp.sum(key < candidate, dtype=jnp.int32) for key in keys]
-    return sum(count.astype(jnp.int64) for count in counts)
+    return jnp.sum(jnp.stack(counts).astype(jnp.int64))
 
 
 def _neighbours(keys: list[jax.Array], rank: jax.Array) -> tuple[jax.Array, jax.Array]:

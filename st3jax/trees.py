@@ -20,11 +20,10 @@ __all__ = [
     "is_kernel",
     "map_prunable",
     "named_leaves",
+    "path_name",
     "prunable_leaves",
     "switch",
 ]
-
-LEAF = jax.tree.structure(0)
 
 Prunable = Callable[[str, Any], bool]
 """Predicate on a leaf's path (names joined by ``/``) and the leaf itself."""
@@ -198,7 +197,7 @@ def check_same_structure(values: Any, params: Any) -> None:
     same = True
     try:
         pairs = jax.tree.map(
-            lambda value, leaf: is_masked(value) or jax.tree.structure(leaf) == LEAF,
+            lambda value, leaf: is_masked(value) or jax.tree_util.all_leaves([leaf]),
             values,
             params,
             is_leaf=is_masked,

@@ -48,7 +48,7 @@ class ST3State(NamedTuple):
         inner_state: State of the wrapped optimizer.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     thresholds: Any
     frozen: jax.Array | optax.MaskedNode
     soft: Switch

@@ -1,0 +1,76 @@
+"""Checks a configuration before anything is loaded or compiled."""
+
+import base_config
+import jax
+import ml_collections
+from errors import UserError
+from optimizers import METHODS, make_optimizer
+
+__all__ = ["check_config"]
+
+CHOICES = {
+    "sparsity.method": tuple(METHODS),
+    "learning_rate.schedule": ("step", "cosine"),
+    "data.augmentation": ("none", "shift", "resized_crop"),
+}
+AT_LEAST = {
+    "batch_size": 1,
+    "num_epochs": 1,
+    "fine_tune_epochs": 0,
+    "log_every_steps": 1,
+    "eval_every_epochs": 1,
+    "checkpoint_every_epochs": 1,
+    "data.image_size": 1,
+}
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises unless a run with this configuration can start.
+
+    Raises:
+        UserError: With the field, its value and what it may be.
+    """
+    _check_fields(config, base_config.get_config(), "config")
+    for field, choices in CHOICES.items():
+        value = _get(config, field)
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise UserError(f"config.{field} is one of {listed}, got {value!r}")
+    for field, least in AT_LEAST.items():
+        if _get(config, field) < least:
+            raise UserError(
+                f"config.{field} is {least} or more, got {_get(config, field)}"
+            )
+    devices = jax.local_device_count()
+    if config.batch_size % devices:
+        raise UserError(
+            f"config.batch_size {config.batch_size} cannot be split evenly over "
+            f"{devices} devices: make it a multiple of {devices}"
+        )
+    try:
+        make_optimizer(config, steps_per_epoch=100)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.sparsity: {error}") from error
+
+
+def _get(config: ml_collections.ConfigDict, field: str) -> object:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _check_fields(
+    config: ml_collections.ConfigDict, known: ml_collections.ConfigDict, where: str
+) -> None:
+    """Every field is one of ``base_config.py``; a model's arguments are its own."""
+    for name in known:
+        if name not in config:
+            raise UserError(f"{where}.{name} is missing: start from base_config.py")
+    for name, value in config.items():
+        if name not in known:
+            raise UserError(
+                f"{where}.{name} is not a field of a configuration: {where} has "
+                f"{', '.join(sorted(known))}"
+            )
+        if isinstance(known[name], ml_collections.ConfigDict) and name != "model":
+            _check_fields(value, known[name], f"{where}.{name}")

@@ -1,0 +1,109 @@
+"""The workdir: whose run it holds, and Orbax checkpoints to continue it from.
+
+A checkpoint holds the whole training state and the position of the input, so a run
+that was killed goes on as if nothing had happened.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import grain
+import ml_collections
+import orbax.checkpoint as ocp
+from errors import UserError
+
+__all__ = ["claim_workdir", "open_checkpoints", "restore", "save"]
+
+
+def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Makes the workdir and leaves the configuration in it.
+
+    Raises:
+        UserError: If it cannot be written to, or holds a run of other settings.
+    """
+    claim = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not claim.exists():
+            claim.write_text(config.to_json_best_effort(indent=2))
+        with (workdir / "metrics.jsonl").open("a"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written to ({error.strerror}): choose "
+            "another with --workdir=..."
+        ) from None
+    there, here = _flat(json.loads(claim.read_text())), _flat(json.loads(_json(config)))
+    differing = [
+        f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"the workdir {workdir} holds a run with other settings "
+            f"({'; '.join(differing[:3])}): choose another with --workdir=..."
+        )
+
+
+def _json(config: ml_collections.ConfigDict) -> str:
+    return config.to_json_best_effort()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    """The newest two checkpoints of the workdir, written in the background."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    return ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
+
+
+def save(
+    checkpoints: ocp.CheckpointManager, step: int, state: Any, batches: Any
+) -> None:
+    """Starts to write the state after ``step`` steps and the position of the input."""
+    checkpoints.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            input=grain.checkpoint.CheckpointSave(batches),
+        ),
+    )
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: Any, batches: Any) -> Any:
+    """The state of the newest checkpoint, or ``state`` itself if there is none yet.
+
+    Args:
+        checkpoints: The workdir's checkpoints.
+        state: A state of the structure, shapes and dtypes to expect.
+        batches: The input iterator, which is moved to its saved position.
+
+    Raises:
+        UserError: If the checkpoint belongs to another model.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return state
+    try:
+        restored = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state),
+                input=grain.checkpoint.CheckpointRestore(batches),
+            ),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint in {checkpoints.directory} (step {step}) is not of this "
+            f"model and optimizer: choose another workdir with --workdir=... "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return restored["state"]

@@ -1,0 +1,44 @@
+"""The published networks, by name. None of them knows of sparsity.
+
+All are without biases in convolutions and dense layers, with BatchNorm and ReLU,
+global average pooling and one dense head, and He-normal fan-in initialisation.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import ml_collections
+
+from models.resnet import cifar_resnet, imagenet_resnet
+from models.wide_resnet import wide_resnet
+
+__all__ = ["MODELS", "create_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet": cifar_resnet,
+    "imagenet_resnet": imagenet_resnet,
+    "wide_resnet": wide_resnet,
+}
+
+
+def create_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
+    """The model that ``config.model`` describes: a name and the model's own arguments.
+
+    Args:
+        config: The experiment's configuration.
+        num_classes: Outputs of the head.
+
+    Returns:
+        A Linen module called as ``model(images, train=...)``, with images
+        ``[B, H, W, C]`` and float32 logits ``[B, num_classes]``.
+
+    Raises:
+        ValueError: If the name is unknown or an argument is out of its range.
+    """
+    options = config.model.to_dict()
+    name = options.pop("name")
+    if name not in MODELS:
+        raise ValueError(
+            f"config.model.name is one of {', '.join(sorted(MODELS))}, got {name!r}"
+        )
+    return MODELS[name](num_classes=num_classes, **options)

@@ -1,0 +1,98 @@
+"""What a person sees while a run goes on: a progress bar, log files, TensorBoard."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["Monitor", "read_metrics"]
+
+METRICS = "metrics.jsonl"
+
+
+class Monitor:
+    """Shows and records the course of a run.
+
+    Use as a context manager. Metrics go to ``metrics.jsonl`` (one object a line) and to
+    TensorBoard event files in the workdir.
+    """
+
+    def __init__(self, workdir: pathlib.Path, console: Console, start: int, total: int):
+        """Continues the logs of a run at step ``start`` of ``total``."""
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start]
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        (workdir / METRICS).write_text(lines)
+        self._file = (workdir / METRICS).open("a")
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start
+        )
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task(
+            "", total=total, completed=start, status=""
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._tensorboard.close()
+        self._file.close()
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes metrics of one step to the log files."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves the progress bar to ``step`` and shows the newest training metrics."""
+        status = (
+            f"loss {metrics['train_loss']:.3f}  accuracy {metrics['train_accuracy']:.1%}"
+            f"  zeros {metrics['sparsity']:.2%}  {metrics['images_per_second']:,.0f} img/s"
+        )
+        self._progress.update(self._task, completed=step, status=status)
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays, above the progress bar."""
+        self._progress.console.print(line)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """All rows of the log file, a line cut short by a kill left out."""
+    path = workdir / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,86 @@
+"""The optimizer of a configuration: learning rate, SGD, and a sparse-training method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+import st3jax
+from st3jax.trees import path_name
+
+__all__ = ["METHODS", "learning_rate", "make_optimizer", "total_steps"]
+
+
+def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, fine-tuning included."""
+    return (config.num_epochs + config.fine_tune_epochs) * steps_per_epoch
+
+
+def learning_rate(
+    config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate over steps: warm-up, steps or cosine, constant fine-tuning."""
+    rate = config.learning_rate
+    if rate.schedule == "cosine":
+        start = rate.peak / rate.warmup_epochs if rate.warmup_epochs else rate.peak
+        by_epoch = optax.warmup_cosine_decay_schedule(
+            start, rate.peak, rate.warmup_epochs, config.num_epochs
+        )
+    else:
+        drops = dict.fromkeys(rate.drop_epochs, rate.drop_factor)
+        by_epoch = optax.piecewise_constant_schedule(rate.peak, drops)
+
+    def by_step(count: jax.Array) -> jax.Array:
+        epoch = count / steps_per_epoch
+        epoch = jnp.floor(epoch) if rate.per_epoch else epoch
+        return jnp.where(epoch < config.num_epochs, by_epoch(epoch), rate.fine_tune)
+
+    return by_step
+
+
+def kernels(params: Any) -> Any:
+    """Which parameters weight decay acts on."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: st3jax.is_kernel(path_name(path), leaf), params
+    )
+
+
+def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
+    sparsity = config.sparsity
+    return st3jax.st3(
+        inner,
+        st3jax.polynomial_ramp(
+            sparsity.final,
+            begin=round(sparsity.begin_epoch * steps_per_epoch),
+            end=round(sparsity.end_epoch * steps_per_epoch),
+            power=sparsity.power,
+        ),
+        criterion=sparsity.criterion,
+        soft=sparsity.soft,
+        rescale=sparsity.rescale,
+        update_every=sparsity.update_every_steps,
+        freeze_step=config.num_epochs * steps_per_epoch,
+    )
+
+
+METHODS: dict[str, Callable[[Any, Any, int], Any]] = {
+    "none": lambda inner, config, steps_per_epoch: inner,
+    "st3": _st3,
+}
+"""How ``config.sparsity.method`` wraps the optimizer."""
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping, weight decay on kernels and SGD, wrapped in the asked method."""
+    sgd = config.optimizer
+    inner = optax.chain(
+        optax.clip_by_global_norm(sgd.clip_norm),
+        optax.add_decayed_weights(sgd.weight_decay, mask=kernels),
+        optax.sgd(learning_rate(config, steps_per_epoch), momentum=sgd.momentum),
+    )
+    return METHODS[config.sparsity.method](inner, config, steps_per_epoch)

@@ -1,0 +1,163 @@
+"""The report at the end of a run: a table, a JSON file and two figures."""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib as mpl
+import ml_collections
+from monitor import read_metrics
+from rich.console import Console
+from rich.table import Table
+
+import st3jax
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+__all__ = ["print_settings", "write_report"]
+
+ACCURACY, SPARSITY, GRID = "#1f5fa8", "#c8501e", "#dddddd"
+
+
+def print_settings(
+    console: Console, config: ml_collections.ConfigDict, facts: dict[str, Any]
+) -> None:
+    """What is about to run, before it runs."""
+    table = Table(title="settings", show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    table.add_section()
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            text = ", ".join(
+                f"{key} {item}" for key, item in value.items() if item != ""
+            )
+        else:
+            text = str(value)
+        table.add_row(name, text)
+    console.print(table)
+
+
+def write_report(
+    workdir: pathlib.Path,
+    console: Console,
+    config: ml_collections.ConfigDict,
+    params: Any,
+    test_accuracy: float,
+    steps: int,
+) -> dict[str, Any]:
+    """Prints the table by layer and leaves ``report.json`` and figures in the workdir.
+
+    Args:
+        workdir: Where to write.
+        console: Where to print.
+        config: The run's configuration.
+        params: Effective weights at the end.
+        test_accuracy: Share of test images classified right.
+        steps: Optimizer steps taken.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    summary = st3jax.summary(params)
+    zeros = {path: int(layer.zeros) for path, layer in summary.layers.items()}
+    total = int(summary.zeros)
+    report = {
+        "test_accuracy": test_accuracy,
+        "sparsity": total / summary.weights,
+        "weights": summary.weights,
+        "nonzero_weights": summary.weights - total,
+        "steps": steps,
+        "seed": config.seed,
+        "layers": {
+            path: {
+                "shape": list(layer.shape),
+                "weights": layer.weights,
+                "zeros": zeros[path],
+            }
+            for path, layer in summary.layers.items()
+        },
+        "config": json.loads(config.to_json_best_effort()),
+    }
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _plot_course(workdir, config)
+    _plot_layers(workdir, report["layers"])
+    _print_layers(console, report)
+    console.print(
+        f"test accuracy [bold]{test_accuracy:.2%}[/] with "
+        f"[bold]{report['sparsity']:.2%}[/] of {summary.weights:,} kernel weights zero "
+        f"({report['nonzero_weights']:,} left)"
+    )
+    console.print(f"report.json, course.png and layers.png are in {workdir}")
+    return report
+
+
+def _print_layers(console: Console, report: dict[str, Any]) -> None:
+    table = Table(title="kernels", title_justify="left")
+    table.add_column("kernel")
+    for heading in ("shape", "weights", "zeros", "sparsity"):
+        table.add_column(heading, justify="right")
+    for path, layer in report["layers"].items():
+        table.add_row(
+            path,
+            " x ".join(map(str, layer["shape"])),
+            f"{layer['weights']:,}",
+            f"{layer['zeros']:,}",
+            f"{layer['zeros'] / layer['weights']:.2%}",
+        )
+    table.add_section()
+    zeros = report["weights"] - report["nonzero_weights"]
+    table.add_row(
+        "all", "", f"{report['weights']:,}", f"{zeros:,}", f"{report['sparsity']:.2%}"
+    )
+    console.print(table)
+
+
+def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Test accuracy and sparsity over steps, with the step at which the mask is fixed."""
+    rows = [row for row in read_metrics(workdir) if "test_accuracy" in row]
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.plot(steps, [100 * row["test_accuracy"] for row in rows], color=ACCURACY)
+    axes.set(xlabel="step", xlim=(0, max(steps)))
+    axes.set_ylabel("test accuracy, %", color=ACCURACY)
+    axes.tick_params(axis="y", labelcolor=ACCURACY)
+    axes.grid(axis="y", color=GRID)
+    right = axes.twinx()
+    right.plot(steps, [100 * row["sparsity"] for row in rows], color=SPARSITY)
+    right.set_ylabel("zero weights, %", color=SPARSITY)
+    right.tick_params(axis="y", labelcolor=SPARSITY)
+    right.set_ylim(-2, 102)
+    if config.fine_tune_epochs:
+        total = config.num_epochs + config.fine_tune_epochs
+        fixed = max(steps) * config.num_epochs / total
+        axes.axvline(fixed, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(
+            "mask fixed ", (fixed, 0.03), xycoords=("data", "axes fraction"),
+            ha="right", color="grey", fontsize="small",
+        )  # fmt: skip
+    for side in (axes, right):
+        side.spines["top"].set_visible(False)
+    figure.savefig(workdir / "course.png", dpi=200)
+    plt.close(figure)
+
+
+def _plot_layers(workdir: pathlib.Path, layers: dict[str, Any]) -> None:
+    """The share of zeros of each kernel, in the order of the parameters."""
+    names = [path.removesuffix("/kernel") for path in layers]
+    shares = [100 * layer["zeros"] / layer["weights"] for layer in layers.values()]
+    figure, axes = plt.subplots(
+        figsize=(6.4, 0.8 + 0.24 * len(names)), layout="constrained"
+    )
+    bars = axes.barh(names, shares, color=SPARSITY, height=0.7)
+    axes.bar_label(bars, [f"{share:.1f}" for share in shares], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="zero weights, %", xlim=(0, 108))
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=8)
+    figure.savefig(workdir / "layers.png", dpi=200)
+    plt.close(figure)

@@ -1,0 +1,291 @@
+"""Trains a sparse network: the whole loop, visible from top to bottom.
+
+python experiments/train.py --config=experiments/digits_st3.py
+
+Any field of the configuration can be given on the command line, as in
+``--config.sparsity.final=0.95``. Started again, the same command goes on where it
+stopped.
+"""
+
+import functools
+import pathlib
+import sys
+import time
+from typing import Any
+
+import checkpoints
+import flax.linen as nn
+import input_pipeline
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import report
+from absl import app, flags, logging
+from check_config import check_config
+from errors import UserError
+from flax import jax_utils
+from flax.training import train_state
+from ml_collections import config_flags
+from models import create_model
+from models.layers import BATCH_AXIS
+from monitor import Monitor
+from optimizers import make_optimizer, total_steps
+from rich.console import Console
+
+import st3jax
+
+
+class TrainState(train_state.TrainState):
+    """Flax's training state with BatchNorm's running statistics.
+
+    Attributes:
+        batch_stats: Running statistics, in the structure of the model.
+    """
+
+    batch_stats: Any
+
+
+def create_train_state(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    channels: int,
+    steps_per_epoch: int,
+) -> TrainState:
+    """Fresh parameters and optimizer for a seed."""
+    size = config.data.image_size
+    images = jnp.zeros((1, size, size, channels))
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(config.seed), images
+    )
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=make_optimizer(config, steps_per_epoch),
+        batch_stats=variables.get("batch_stats", {}),
+    )
+    return state.replace(step=jnp.zeros([], jnp.int32))
+
+
+def effective_params(
+    config: ml_collections.ConfigDict, params: Any, opt_state: Any
+) -> Any:
+    """The weights that the model sees."""
+    if config.sparsity.method == "none":
+        return params
+    return st3jax.sparsify(params, opt_state)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], config: ml_collections.ConfigDict
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on one device's part of the batch."""
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXIS))
+    augment_key, dropout_key = jax.random.split(key)
+    images = input_pipeline.normalise(batch["image"], config)
+    images = input_pipeline.augment(images, augment_key, config)
+
+    def loss_fn(params: Any) -> Any:
+        params = effective_params(config, params, state.opt_state)
+        logits, updates = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(batch["label"], logits.shape[-1]), config.label_smoothing
+        )
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (logits, updates["batch_stats"])
+
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params
+    )
+    accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
+    grads, metrics = jax.lax.pmean(
+        (grads, {"train_loss": loss, "train_accuracy": accuracy}), BATCH_AXIS
+    )
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+
+
+def eval_step(
+    state: TrainState, batch: dict[str, jax.Array], config: ml_collections.ConfigDict
+) -> dict[str, jax.Array]:
+    """How many images of the batch are classified right, over all devices."""
+    logits = state.apply_fn(
+        {
+            "params": effective_params(config, state.params, state.opt_state),
+            "batch_stats": state.batch_stats,
+        },
+        input_pipeline.normalise(batch["image"], config),
+        train=False,
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    sums = {
+        "correct": jnp.sum((logits.argmax(-1) == batch["label"]) & batch["valid"]),
+        "loss": jnp.sum(losses * batch["valid"]),
+        "images": jnp.sum(batch["valid"]),
+    }
+    return jax.lax.psum(sums, BATCH_AXIS)
+
+
+def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``[B, ...]`` to ``[devices, B / devices, ...]``."""
+    devices = jax.local_device_count()
+    return {name: x.reshape(devices, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+def evaluate(
+    p_eval_step: Any, state: TrainState, data: Any, config: ml_collections.ConfigDict
+) -> dict[str, float]:
+    """Accuracy and loss over every test image, with the weights that will ship."""
+    sums = [
+        p_eval_step(state, split_over_devices(batch))
+        for batch in input_pipeline.test_batches(data, config)
+    ]
+    total = jax.tree.map(
+        lambda *xs: float(sum(x[0] for x in xs)), *jax.device_get(sums)
+    )
+    return {
+        "test_accuracy": total["correct"] / total["images"],
+        "test_loss": total["loss"] / total["images"],
+    }
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Trains to the end, from the beginning or from where the workdir's run stopped.
+
+    Args:
+        config: A configuration with the fields of ``base_config.py``.
+        workdir: Folder for checkpoints, logs and the report.
+
+    Returns:
+        The report, as in ``report.json``.
+
+    Raises:
+        UserError: If the configuration, the data or the workdir is not usable.
+    """
+    console = Console()
+    check_config(config)
+    data = input_pipeline.load(config)
+    checkpoints.claim_workdir(workdir, config)
+    config = ml_collections.FrozenConfigDict(config)
+
+    steps_per_epoch = len(data.train) // config.batch_size
+    steps = total_steps(config, steps_per_epoch)
+    model = create_model(config, data.num_classes)
+    state = create_train_state(config, model, data.channels, steps_per_epoch)
+    batches = input_pipeline.train_batches(data, config)
+    manager = checkpoints.open_checkpoints(workdir)
+    state = checkpoints.restore(manager, state, batches)
+    start = int(state.step)
+    report.print_settings(
+        console,
+        config,
+        {
+            "workdir": workdir,
+            "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+            "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
+            "kernel weights": f"{st3jax.summary(state.params).weights:,}",
+            "steps": f"{start:,} to {steps:,}, {steps_per_epoch:,} an epoch",
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        },
+    )
+
+    state = jax_utils.replicate(state)
+    p_train_step = jax.pmap(
+        functools.partial(train_step, config=config), BATCH_AXIS, donate_argnums=0
+    )
+    p_eval_step = jax.pmap(functools.partial(eval_step, config=config), BATCH_AXIS)
+    sparsity_of = jax.jit(
+        lambda p, s: st3jax.summary(effective_params(config, p, s))[-1]
+    )
+
+    with Monitor(workdir, console, start, steps) as monitor:
+        recent: list[Any] = []
+        since = time.monotonic()
+        for step in range(start + 1, steps + 1):
+            state, metrics = p_train_step(state, split_over_devices(next(batches)))
+            recent.append(metrics)
+            epoch, in_epoch = divmod(step, steps_per_epoch)
+
+            if step % config.log_every_steps == 0 or step == steps:
+                images = len(recent) * config.batch_size
+                rows = jax.device_get(recent)
+                means = {
+                    name: float(np.mean([r[name] for r in rows])) for name in rows[0]
+                }
+                means["images_per_second"] = images / (time.monotonic() - since)
+                local = jax_utils.unreplicate((state.params, state.opt_state))
+                means["sparsity"] = float(sparsity_of(*local))
+                monitor.show(step, means)
+                monitor.record(step, means)
+                recent, since = [], time.monotonic()
+
+            if (
+                in_epoch == 0 and epoch % config.eval_every_epochs == 0
+            ) or step == steps:
+                tests = evaluate(p_eval_step, state, data, config)
+                local = jax_utils.unreplicate((state.params, state.opt_state))
+                tests["sparsity"] = float(sparsity_of(*local))
+                monitor.record(step, tests)
+
+            if (
+                in_epoch == 0 and epoch % config.checkpoint_every_epochs == 0
+            ) or step == steps:
+                checkpoints.save(manager, step, jax_utils.unreplicate(state), batches)
+        manager.close()
+
+    final = evaluate(p_eval_step, state, data, config)
+    local = jax_utils.unreplicate((state.params, state.opt_state))
+    return report.write_report(
+        workdir,
+        console,
+        config,
+        effective_params(config, *local),
+        final["test_accuracy"],
+        steps,
+    )
+
+
+def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
+    """``runs/<configuration>``, with the fields that the command line changed."""
+    changes = [f"{name}={value}" for name, value in sorted(overrides.items())]
+    return pathlib.Path("runs", "-".join([pathlib.Path(config_file).stem, *changes]))
+
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, logs and the report; a run that is in it "
+    "is continued. Default: a folder under runs/ named after the settings.",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags and trains."""
+    try:
+        if argv[1:]:
+            raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
+        if WORKDIR.value is None:
+            flag = flags.FLAGS["config"]
+            workdir = default_workdir(
+                config_flags.get_config_filename(flag),
+                config_flags.get_override_values(flag),
+            )
+        else:
+            workdir = pathlib.Path(WORKDIR.value)
+        train_and_evaluate(CONFIG.value, workdir)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    flags.mark_flag_as_required("config")
+    app.run(main)
