@@ -1,8 +1,11 @@
 """Checks a configuration before anything is loaded or compiled."""
 
-import base_config
+from typing import Any
+
 import jax
 import ml_collections
+
+import base_config
 from errors import UserError
 from optimizers import METHODS, make_optimizer
 
@@ -37,10 +40,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             listed = ", ".join(repr(choice) for choice in choices)
             raise UserError(f"config.{field} is one of {listed}, got {value!r}")
     for field, least in AT_LEAST.items():
-        if _get(config, field) < least:
-            raise UserError(
-                f"config.{field} is {least} or more, got {_get(config, field)}"
-            )
+        value = _get(config, field)
+        if value < least:
+            raise UserError(f"config.{field} is {least} or more, got {value}")
     devices = jax.local_device_count()
     if config.batch_size % devices:
         raise UserError(
@@ -53,7 +55,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"config.sparsity: {error}") from error
 
 
-def _get(config: ml_collections.ConfigDict, field: str) -> object:
+def _get(config: Any, field: str) -> Any:
     for name in field.split("."):
         config = config[name]
     return config

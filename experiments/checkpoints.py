@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import ml_collections
 import orbax.checkpoint as ocp
+
 from errors import UserError
 
 __all__ = ["claim_workdir", "open_checkpoints", "restore", "save"]

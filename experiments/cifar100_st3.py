@@ -5,8 +5,9 @@ python experiments/train.py --config=experiments/cifar100_st3.py
 Source: arXiv:2212.01076.
 """
 
-import cifar10_st3
 import ml_collections
+
+import cifar10_st3
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -6,8 +6,9 @@ Source: arXiv:2212.01076. BatchNorm keeps 0.99 of its running statistics a step;
 published code keeps the last batch's only.
 """
 
-import base_config
 import ml_collections
+
+import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:

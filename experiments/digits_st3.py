@@ -3,8 +3,9 @@
 python experiments/train.py --config=experiments/digits_st3.py
 """
 
-import base_config
 import ml_collections
+
+import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -6,8 +6,9 @@ Published with these settings: 76.03 % top-1 (dense: 77.10 %) at 764 million
 multiply-adds. Source: arXiv:2212.01076.
 """
 
-import base_config
 import ml_collections
+
+import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:

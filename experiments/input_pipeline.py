@@ -5,6 +5,8 @@ cropping of large images happen here, on the host; normalisation, shifts and fli
 happen on the device, in ``augment`` and ``normalise``.
 """
 
+import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,14 +16,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
+
 from builders.digits import Digits
 from errors import UserError
-from PIL import Image
 
 __all__ = ["Data", "augment", "load", "normalise", "test_batches", "train_batches"]
 
 BUILDERS = {"digits": Digits}
-RESIZE_MARGIN = 1.15  # evaluation images are resized to this times their crop
+EVAL_CROP = 224 / 256  # share of the shorter side that evaluation looks at
 
 
 class Data(NamedTuple):
@@ -48,14 +51,16 @@ def load(config: ml_collections.ConfigDict) -> Data:
     """
     builder = _builder(config)
     if config.data.name in BUILDERS:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
+            builder.download_and_prepare()
     elif not builder.is_prepared():
+        name = config.data.name
         where = f", data_dir={config.data.dir!r}" if config.data.dir else ""
         raise UserError(
-            f"the data set {config.data.name!r} is not prepared in {builder.data_path}: "
-            f'prepare it once with python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder({config.data.name!r}{where}, file_format='array_record')"
-            '.download_and_prepare()", or name its folder with --config.data.dir=...'
+            f"the data set {name!r} is not prepared in {builder.data_path}: prepare it "
+            f'once with python -c "import tensorflow_datasets as tfds; tfds.builder('
+            f"{name!r}{where}, file_format='array_record').download_and_prepare()\", "
+            "or name the folder that holds it with --config.data.dir=..."
         )
     splits = (config.data.train_split, config.data.test_split)
     train, test = (builder.as_data_source(split) for split in splits)
@@ -117,7 +122,7 @@ def _random_resized_crop(image: Any, size: int, rng: np.random.Generator) -> Any
 def _resized_centre(image: Any, size: int) -> Any:
     """The central square, with a margin cut off, resized."""
     height, width = image.shape[:2]
-    side = min(height, width) / RESIZE_MARGIN
+    side = min(height, width) * EVAL_CROP
     x, y = (width - side) / 2, (height - side) / 2
     box = (x, y, x + side, y + side)
     return np.asarray(

@@ -13,7 +13,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -39,18 +38,17 @@ class Monitor:
             str(workdir / "tensorboard"), purge_step=start
         )
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
         )
         self._task = self._progress.add_task(
             "", total=total, completed=start, status=""
         )
+        self._shown = {"test_accuracy": float("nan")}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -74,16 +72,13 @@ class Monitor:
             self._tensorboard.add_scalar(name, value, step)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves the progress bar to ``step`` and shows the newest training metrics."""
+        """Moves the progress bar to ``step`` and shows the newest metrics."""
+        self._shown |= metrics
         status = (
-            f"loss {metrics['train_loss']:.3f}  accuracy {metrics['train_accuracy']:.1%}"
-            f"  zeros {metrics['sparsity']:.2%}  {metrics['images_per_second']:,.0f} img/s"
-        )
+            "loss {train_loss:.3f} acc {train_accuracy:.1%} test {test_accuracy:.1%} "
+            "zeros {sparsity:.1%} {images_per_second:,.0f} img/s"
+        ).format(**self._shown)
         self._progress.update(self._task, completed=step, status=status)
-
-    def say(self, line: str) -> None:
-        """Prints a line that stays, above the progress bar."""
-        self._progress.console.print(line)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The optimizer of a configuration: learning rate, SGD, and a sparse-training method."""
+"""The optimizer of a configuration: learning rate, SGD, sparse-training method."""
 
 from collections.abc import Callable
 from typing import Any

@@ -6,11 +6,11 @@ from typing import Any
 
 import matplotlib as mpl
 import ml_collections
-from monitor import read_metrics
 from rich.console import Console
 from rich.table import Table
 
 import st3jax
+from monitor import read_metrics
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,7 +76,7 @@ def write_report(
                 "weights": layer.weights,
                 "zeros": zeros[path],
             }
-            for path, layer in summary.layers.items()
+            for path, layer in sorted(summary.layers.items(), key=_position)
         },
         "config": json.loads(config.to_json_best_effort()),
     }
@@ -91,6 +91,12 @@ def write_report(
     )
     console.print(f"report.json, course.png and layers.png are in {workdir}")
     return report
+
+
+def _position(item: tuple[str, Any]) -> tuple[bool, bool, str]:
+    """Sorts the stem before and the head behind everything else."""
+    path, _ = item
+    return path.startswith("head"), not path.startswith("stem"), path
 
 
 def _print_layers(console: Console, report: dict[str, Any]) -> None:
@@ -115,12 +121,13 @@ def _print_layers(console: Console, report: dict[str, Any]) -> None:
 
 
 def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Test accuracy and sparsity over steps, with the step at which the mask is fixed."""
+    """Test accuracy and sparsity over steps, and where the mask is fixed."""
     rows = [row for row in read_metrics(workdir) if "test_accuracy" in row]
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     axes.plot(steps, [100 * row["test_accuracy"] for row in rows], color=ACCURACY)
-    axes.set(xlabel="step", xlim=(0, max(steps)))
+    last = 100 * rows[-1]["test_accuracy"]
+    axes.set(xlabel="step", xlim=(0, max(steps)), ylim=(max(0, last - 20), 100.5))
     axes.set_ylabel("test accuracy, %", color=ACCURACY)
     axes.tick_params(axis="y", labelcolor=ACCURACY)
     axes.grid(axis="y", color=GRID)

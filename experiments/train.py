@@ -13,28 +13,28 @@ import sys
 import time
 from typing import Any
 
-import checkpoints
 import flax.linen as nn
-import input_pipeline
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-import report
 from absl import app, flags, logging
-from check_config import check_config
-from errors import UserError
 from flax import jax_utils
 from flax.training import train_state
 from ml_collections import config_flags
+from rich.console import Console
+
+import checkpoints
+import input_pipeline
+import report
+import st3jax
+from check_config import check_config
+from errors import UserError
 from models import create_model
 from models.layers import BATCH_AXIS
 from monitor import Monitor
 from optimizers import make_optimizer, total_steps
-from rich.console import Console
-
-import st3jax
 
 
 class TrainState(train_state.TrainState):
@@ -224,8 +224,8 @@ def train_and_evaluate(
                 means["images_per_second"] = images / (time.monotonic() - since)
                 local = jax_utils.unreplicate((state.params, state.opt_state))
                 means["sparsity"] = float(sparsity_of(*local))
-                monitor.show(step, means)
                 monitor.record(step, means)
+                monitor.show(step, means)
                 recent, since = [], time.monotonic()
 
             if (
@@ -235,6 +235,7 @@ def train_and_evaluate(
                 local = jax_utils.unreplicate((state.params, state.opt_state))
                 tests["sparsity"] = float(sparsity_of(*local))
                 monitor.record(step, tests)
+                monitor.show(step, tests)
 
             if (
                 in_epoch == 0 and epoch % config.checkpoint_every_epochs == 0

@@ -48,5 +48,7 @@ def norm(dtype: Any, momentum: float, train: bool) -> Layer:
 def head(dtype: Any, num_classes: int, x: Any) -> Any:
     """Global average pooling and one dense layer: float32 logits."""
     x = jnp.mean(x, axis=(1, 2))
-    dense = nn.Dense(num_classes, use_bias=False, kernel_init=he_normal, dtype=dtype)
+    dense = nn.Dense(
+        num_classes, use_bias=False, kernel_init=he_normal, dtype=dtype, name="head"
+    )
     return dense(x).astype(jnp.float32)
