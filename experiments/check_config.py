@@ -7,6 +7,7 @@ import ml_collections
 
 import base_config
 from errors import UserError
+from models import create_model
 from optimizers import METHODS, make_optimizer
 
 __all__ = ["check_config"]
@@ -53,6 +54,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         make_optimizer(config, steps_per_epoch=100)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.sparsity: {error}") from error
+    try:
+        create_model(config, num_classes=10)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model: {error}") from error
 
 
 def _get(config: Any, field: str) -> Any:

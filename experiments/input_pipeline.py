@@ -66,8 +66,20 @@ def load(config: ml_collections.ConfigDict) -> Data:
     train, test = (builder.as_data_source(split) for split in splits)
     if config.data.in_memory:
         train, test = list(train), list(test)
+    if len(train) < config.batch_size:
+        raise UserError(
+            f"config.batch_size {config.batch_size} is more than the {len(train):,} "
+            f"training images of {config.data.name!r}: make it smaller"
+        )
     features = builder.info.features
-    return Data(train, test, features["label"].num_classes, features["image"].shape[-1])
+    channels = features["image"].shape[-1]
+    for field in ("mean", "std"):
+        if len(config.data[field]) != channels:
+            raise UserError(
+                f"config.data.{field} has {len(config.data[field])} numbers, but the "
+                f"images of {config.data.name!r} have {channels} channels: one for each"
+            )
+    return Data(train, test, features["label"].num_classes, channels)
 
 
 def _builder(config: ml_collections.ConfigDict) -> Any:

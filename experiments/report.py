@@ -106,7 +106,7 @@ def _print_layers(console: Console, report: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for path, layer in report["layers"].items():
         table.add_row(
-            path,
+            path.removesuffix("/kernel"),
             " x ".join(map(str, layer["shape"])),
             f"{layer['weights']:,}",
             f"{layer['zeros']:,}",

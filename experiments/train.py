@@ -9,6 +9,7 @@ stopped.
 
 import functools
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -56,9 +57,12 @@ def create_train_state(
     """Fresh parameters and optimizer for a seed."""
     size = config.data.image_size
     images = jnp.zeros((1, size, size, channels))
-    variables = jax.jit(functools.partial(model.init, train=False))(
-        jax.random.key(config.seed), images
+    init = jax.jit(
+        functools.partial(model.init, train=False),
+        # It runs once: compiling fast matters more than running fast.
+        compiler_options={"xla_backend_optimization_level": 0},
     )
+    variables = init(jax.random.key(config.seed), images)
     state = TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -198,7 +202,8 @@ def train_and_evaluate(
         },
     )
 
-    state = jax_utils.replicate(state)
+    # Laid out as pmap lays out its results, or the second step would compile again.
+    state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
     p_train_step = jax.pmap(
         functools.partial(train_step, config=config), BATCH_AXIS, donate_argnums=0
     )
@@ -270,23 +275,36 @@ WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
     """Reads the flags and trains."""
+    flag = flags.FLAGS["config"]
+    config_file = config_flags.get_config_filename(flag)
     try:
         if argv[1:]:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
-        if WORKDIR.value is None:
-            flag = flags.FLAGS["config"]
-            workdir = default_workdir(
-                config_flags.get_config_filename(flag),
-                config_flags.get_override_values(flag),
-            )
-        else:
-            workdir = pathlib.Path(WORKDIR.value)
-        train_and_evaluate(CONFIG.value, workdir)
+        if not pathlib.Path(config_file).is_file():
+            raise UserError(f"there is no configuration file {config_file}")
+        workdir = WORKDIR.value or default_workdir(
+            config_file, config_flags.get_override_values(flag)
+        )
+        train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the command line; a field that does not exist is told in a sentence."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:  # from ml_collections
+        field = re.search(r"\w+", str(error))
+        meant = re.search(r'mean "(\w+)"', str(error))
+        sys.exit(
+            f"error: the configuration has no field {field and field[0]!r}"
+            f"{f', did you mean {meant[1]!r}' if meant else ''}: experiments/"
+            "base_config.py lists them all"
+        )
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

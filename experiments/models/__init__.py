@@ -39,6 +39,6 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modu
     name = options.pop("name")
     if name not in MODELS:
         raise ValueError(
-            f"config.model.name is one of {', '.join(sorted(MODELS))}, got {name!r}"
+            f"name is one of {', '.join(map(repr, sorted(MODELS)))}, got {name!r}"
         )
     return MODELS[name](num_classes=num_classes, **options)
