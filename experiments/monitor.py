@@ -19,6 +19,13 @@ from rich.progress import (
 __all__ = ["Monitor", "read_metrics"]
 
 METRICS = "metrics.jsonl"
+SHOWN = (
+    "train_loss",
+    "train_accuracy",
+    "test_accuracy",
+    "sparsity",
+    "images_per_second",
+)
 
 
 class Monitor:
@@ -48,7 +55,7 @@ class Monitor:
         self._task = self._progress.add_task(
             "", total=total, completed=start, status=""
         )
-        self._shown = {"test_accuracy": float("nan")}
+        self._shown = dict.fromkeys(SHOWN, float("nan"))
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -65,14 +72,11 @@ class Monitor:
         self._file.close()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes metrics of one step to the log files."""
+        """Writes metrics to the log files and moves the progress bar to ``step``."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves the progress bar to ``step`` and shows the newest metrics."""
         self._shown |= metrics
         status = (
             "loss {train_loss:.3f} acc {train_accuracy:.1%} test {test_accuracy:.1%} "

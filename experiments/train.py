@@ -208,55 +208,51 @@ def train_and_evaluate(
         functools.partial(train_step, config=config), BATCH_AXIS, donate_argnums=0
     )
     p_eval_step = jax.pmap(functools.partial(eval_step, config=config), BATCH_AXIS)
-    sparsity_of = jax.jit(
-        lambda p, s: st3jax.summary(effective_params(config, p, s))[-1]
+    count_zeros = jax.jit(
+        lambda params, opt_state: st3jax.summary(
+            effective_params(config, params, opt_state)
+        )
     )
 
-    with Monitor(workdir, console, start, steps) as monitor:
+    def sparsity_of(state: TrainState) -> float:
+        local = jax_utils.unreplicate((state.params, state.opt_state))
+        return float(count_zeros(*local).sparsity)
+
+    with manager, Monitor(workdir, console, start, steps) as monitor:
         recent: list[Any] = []
         since = time.monotonic()
         for step in range(start + 1, steps + 1):
             state, metrics = p_train_step(state, split_over_devices(next(batches)))
             recent.append(metrics)
-            epoch, in_epoch = divmod(step, steps_per_epoch)
+            epoch, past = divmod(step, steps_per_epoch)
+            last, epoch_ends = step == steps, past == 0
 
-            if step % config.log_every_steps == 0 or step == steps:
-                images = len(recent) * config.batch_size
+            if last or step % config.log_every_steps == 0:
                 rows = jax.device_get(recent)
                 means = {
-                    name: float(np.mean([r[name] for r in rows])) for name in rows[0]
+                    name: float(np.mean([row[name] for row in rows]))
+                    for name in metrics
                 }
+                images = len(recent) * config.batch_size
                 means["images_per_second"] = images / (time.monotonic() - since)
-                local = jax_utils.unreplicate((state.params, state.opt_state))
-                means["sparsity"] = float(sparsity_of(*local))
+                means["sparsity"] = sparsity_of(state)
                 monitor.record(step, means)
-                monitor.show(step, means)
                 recent, since = [], time.monotonic()
 
-            if (
-                in_epoch == 0 and epoch % config.eval_every_epochs == 0
-            ) or step == steps:
+            if last or (epoch_ends and epoch % config.eval_every_epochs == 0):
                 tests = evaluate(p_eval_step, state, data, config)
-                local = jax_utils.unreplicate((state.params, state.opt_state))
-                tests["sparsity"] = float(sparsity_of(*local))
+                tests["sparsity"] = sparsity_of(state)
                 monitor.record(step, tests)
-                monitor.show(step, tests)
 
-            if (
-                in_epoch == 0 and epoch % config.checkpoint_every_epochs == 0
-            ) or step == steps:
+            if last or (epoch_ends and epoch % config.checkpoint_every_epochs == 0):
                 checkpoints.save(manager, step, jax_utils.unreplicate(state), batches)
-        manager.close()
 
-    final = evaluate(p_eval_step, state, data, config)
-    local = jax_utils.unreplicate((state.params, state.opt_state))
+    if start == steps:  # an ended run was started again
+        tests = evaluate(p_eval_step, state, data, config)
+    state = jax_utils.unreplicate(state)
+    params = effective_params(config, state.params, state.opt_state)
     return report.write_report(
-        workdir,
-        console,
-        config,
-        effective_params(config, *local),
-        final["test_accuracy"],
-        steps,
+        workdir, console, config, params, tests["test_accuracy"], steps
     )
 
 

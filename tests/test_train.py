@@ -1,0 +1,191 @@
+"""The main job, run for real on the smallest network: trains, reports, resumes."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import checkpoints
+import digits_st3
+import input_pipeline
+import train
+from monitor import read_metrics
+
+SEED = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+    """Data sets are prepared in a folder of the test run."""
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(input_pipeline, "BUILDERS", {"digits": _builder_in(folder)})
+        yield folder
+
+
+def _builder_in(folder):
+    builder = input_pipeline.BUILDERS["digits"]
+    return lambda data_dir, **options: builder(data_dir=data_dir or folder, **options)
+
+
+def tiny(**sparsity):
+    """A configuration that trains in seconds: two epochs and one of fine-tuning."""
+    config = digits_st3.get_config()
+    config.seed = SEED
+    config.model.width = 4
+    config.num_epochs = 2
+    config.fine_tune_epochs = 1
+    config.sparsity.begin_epoch = 0
+    config.sparsity.end_epoch = 1
+    config.sparsity.final = 0.6
+    config.eval_every_epochs = 1
+    config.checkpoint_every_epochs = 1
+    config.sparsity.update(sparsity)
+    return config
+
+
+def last_state(workdir):
+    """The leaves of the newest checkpoint."""
+    with checkpoints.open_checkpoints(workdir) as manager:
+        step = manager.latest_step()
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return step, jax.tree.leaves(manager.restore(step, args=args)["state"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """The workdir and the report of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train.train_and_evaluate(tiny(), workdir)
+
+
+def test_the_report_says_what_was_trained(finished):
+    workdir, report = finished
+    assert report == json.loads((workdir / "report.json").read_text())
+    weights = report["weights"]
+    zeros = weights - report["nonzero_weights"]
+    assert zeros == int(0.6 * (weights - 1)) + 1
+    assert report["sparsity"] == zeros / weights
+    assert sum(layer["zeros"] for layer in report["layers"].values()) == zeros
+    assert report["test_accuracy"] > 0.3
+    assert report["seed"] == SEED
+    assert report["config"]["sparsity"]["final"] == 0.6
+
+
+def test_the_run_leaves_figures_and_logs(finished):
+    workdir, report = finished
+    for name in ("course.png", "layers.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    rows = read_metrics(workdir)
+    tests = [row for row in rows if "test_accuracy" in row]
+    assert [row["step"] for row in tests] == [22, 44, 66]
+    assert tests[-1]["test_accuracy"] == report["test_accuracy"]
+    assert {"train_loss", "train_accuracy", "images_per_second"} <= rows[0].keys()
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    split, calls = train.split_over_devices, []
+
+    def interrupt(batch):
+        calls.append(batch)
+        if len(calls) == 36:
+            raise KeyboardInterrupt
+        return split(batch)
+
+    monkeypatch.setattr(train, "split_over_devices", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(tiny(), tmp_path)
+    monkeypatch.undo()
+    assert last_state(tmp_path)[0] == 22
+    report = train.train_and_evaluate(tiny(), tmp_path)
+
+    step, state = last_state(tmp_path)
+    expected_step, expected = last_state(finished[0])
+    assert step == expected_step == 66
+    for a, b in zip(state, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert report["test_accuracy"] == finished[1]["test_accuracy"]
+    rows = read_metrics(tmp_path)
+    undisturbed = read_metrics(finished[0])
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
+
+
+def test_an_ended_run_reports_again_without_training(finished, monkeypatch):
+    monkeypatch.delattr(train, "split_over_devices")
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"test_accuracy": 0.125})
+    report = train.train_and_evaluate(tiny(), finished[0])
+    assert report == finished[1] | {"test_accuracy": 0.125}
+
+
+def test_the_dense_network_has_no_zeros(tmp_path):
+    report = train.train_and_evaluate(tiny(method="none"), tmp_path)
+    assert report["sparsity"] == 0.0
+
+
+def test_zeros_stay_while_fine_tuning(finished):
+    rows = read_metrics(finished[0])
+    fixed = [row["sparsity"] for row in rows if row["step"] >= 44]
+    assert fixed
+    assert set(fixed) == {np.float32(finished[1]["sparsity"])}
+
+
+def test_two_epochs_see_the_same_images_in_another_order(data_dir):
+    config = tiny()
+    config.batch_size = 1
+    data = input_pipeline.load(config)
+    batches = input_pipeline.train_batches(data, config)
+    epochs = [
+        [next(batches)["image"].tobytes() for _ in range(len(data.train))]
+        for _ in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_every_test_image_is_seen_exactly_once(data_dir):
+    config = tiny()
+    config.batch_size = 100
+    data = input_pipeline.load(config)
+    batches = list(input_pipeline.test_batches(data, config))
+    assert {len(batch["label"]) for batch in batches} == {100}
+    seen = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
+    np.testing.assert_array_equal(seen, [x["image"] for x in data.test])
+
+
+def test_train_and_test_images_are_disjoint(data_dir):
+    data = input_pipeline.load(tiny())
+    train_images = {x["image"].tobytes() for x in data.train}
+    assert len(data.train) + len(data.test) == 1797
+    assert not [x for x in data.test if x["image"].tobytes() in train_images]
+
+
+def test_one_device_and_two_take_the_same_step(data_dir):
+    config = tiny()
+    config.data.augmentation = "none"
+    data = input_pipeline.load(config)
+    batch = next(input_pipeline.train_batches(data, config))
+    model = train.create_model(config, 10)
+    state = train.create_train_state(config, model, 1, steps_per_epoch=22)
+    results = []
+    for count in (1, 2):
+        step = jax.pmap(
+            lambda state, batch: train.train_step(state, batch, config),
+            train.BATCH_AXIS,
+            in_axes=(None, 0),
+            devices=jax.local_devices()[:count],
+        )
+        parts = {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
+        new, _ = step(state, parts)
+        results.append(jax.device_get((new.params, new.batch_stats)))
+    one, two = results
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(b[0], a[0], rtol=2e-4, atol=2e-5)
+        np.testing.assert_array_equal(b[0], b[1])
+
+
+def test_no_tensorflow_is_imported(finished):
+    assert "tensorflow" not in sys.modules
