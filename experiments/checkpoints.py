@@ -13,6 +13,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from errors import UserError
+from st3jax.trees import named_leaves
 
 __all__ = ["claim_workdir", "open_checkpoints", "restore", "save"]
 
@@ -62,8 +63,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """The newest two checkpoints of the workdir, written in the background."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
+    return ocp.CheckpointManager(
+        workdir.resolve() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "input": grain.checkpoint.CheckpointHandler(),
+        },
+    )
 
 
 def save(
@@ -88,23 +95,28 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any, batches: Any) -> Any
         batches: The input iterator, which is moved to its saved position.
 
     Raises:
-        UserError: If the checkpoint belongs to another model.
+        UserError: If the checkpoint belongs to another model or optimizer.
     """
     step = checkpoints.latest_step()
     if step is None:
         return state
-    try:
-        restored = checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state),
-                input=grain.checkpoint.CheckpointRestore(batches),
-            ),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint in {checkpoints.directory} (step {step}) is not of this "
-            f"model and optimizer: choose another workdir with --workdir=... "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+    there, here = _shapes(checkpoints.item_metadata(step)["state"]), _shapes(state)
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"the checkpoint in {checkpoints.directory} (step {step}) is of "
+                f"another model or optimizer: {name} is {there.get(name, 'absent')} there and "
+                f"{here.get(name, 'absent')} here; choose another --workdir=..."
+            )
+    restored = checkpoints.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(state),
+            input=grain.checkpoint.CheckpointRestore(batches),
+        ),
+    )
     return restored["state"]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}

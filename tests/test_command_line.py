@@ -1,0 +1,161 @@
+"""What a user reads when the command line, the data or the workdir is wrong."""
+
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+import base_config
+import cifar10_st3
+import digits_st3
+import input_pipeline
+import train
+from check_config import check_config
+from errors import UserError
+
+TRAIN = [sys.executable, train.__file__]
+DIGITS = f"--config={digits_st3.__file__}"
+
+FLAGS = [  # arguments, the one line that ends the run
+    (
+        [DIGITS, "--config.sparsity.finall=0.9"],
+        "error: the configuration has no field 'finall', did you mean 'final'",
+    ),
+    ([DIGITS, "--config.sparsity.final=high"], "could not convert string to float"),
+    (["--config=nowhere.py"], "error: there is no configuration file nowhere.py"),
+    ([DIGITS, "extra"], "error: unknown argument 'extra': settings are --config.x=y"),
+    ([DIGITS, "--confg.seed=1"], "Unknown command line flag 'confg.seed'"),
+    ([], "flag --config=None: Flag --config must have a value other than None"),
+    (
+        [DIGITS, "--config.sparsity.final=90"],
+        "error: config.sparsity: final sparsity is a fraction in [0, 1], got 90.0: for "
+        "90 % write 0.9",
+    ),
+]
+
+FIELDS = [  # field, value, the sentence
+    ("sparsity.final", -0.1, "final sparsity is a fraction in [0, 1], got -0.1"),
+    ("sparsity.final", float("nan"), "final sparsity is a fraction in [0, 1], got nan"),
+    ("sparsity.method", "stt3", "config.sparsity.method is one of 'none', 'st3', got"),
+    ("sparsity.criterion", "l2", "criterion is one of 'l1', 'l1_sigma', got 'l2'"),
+    ("sparsity.end_epoch", 1, "the ramp ends at step 100, not after it begins at step"),
+    ("sparsity.begin_epoch", -1, "begin is a number of steps, 0 or more, got -100"),
+    ("sparsity.end_epoch", 99, "freeze_step 6000 comes before the ramp is over"),
+    ("sparsity.power", 0.0, "power is a number above 0, got 0.0"),
+    ("sparsity.update_every_steps", 0, "update_every is a number of steps, 1 or more"),
+    ("model.name", "resnet", "name is one of 'cifar_resnet', 'imagenet_resnet',"),
+    ("model.depth", 9, "a CIFAR ResNet has 8, 14, 20, ... layers (6n+2), got 9"),
+    ("model.dpeth", 9, "unexpected keyword argument 'dpeth'"),
+    ("batch_size", 0, "config.batch_size is 1 or more, got 0"),
+    ("batch_size", 65, "config.batch_size 65 cannot be split evenly over 8 devices"),
+    ("num_epochs", 0, "config.num_epochs is 1 or more, got 0"),
+    ("eval_every_epochs", 0, "config.eval_every_epochs is 1 or more, got 0"),
+    ("learning_rate.schedule", "linear", "is one of 'step', 'cosine', got 'linear'"),
+    ("data.augmentation", "all", "config.data.augmentation is one of 'none', 'shift'"),
+    ("sparsety.final", 0.9, "config.sparsety is not a field of a configuration"),
+]
+
+DATA = [
+    ("data.name", "digitz", "config.data.name is 'digits' or a data set of TFDS, got"),
+    (
+        "batch_size",
+        4000,
+        "config.batch_size 4000 is more than the 1,438 training images",
+    ),
+    ("data.mean", (0.5, 0.5, 0.5), "config.data.mean has 3 numbers, but the images of"),
+]
+
+
+def changed(field, value):
+    config = digits_st3.get_config().unlock()
+    *path, name = field.split(".")
+    node = config
+    for part in path:
+        if part not in node:
+            node[part] = ml_collections.ConfigDict()
+        node = node[part]
+    node[name] = value
+    return config
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), FLAGS)
+def test_a_wrong_command_ends_in_one_line(arguments, sentence, tmp_path):
+    run = subprocess.run(
+        [*TRAIN, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert sentence in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("field", "value", "sentence"), FIELDS)
+def test_a_wrong_field_is_named_before_anything_is_loaded(field, value, sentence):
+    with pytest.raises(UserError) as error:
+        check_config(changed(field, value))
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value", "sentence"), DATA)
+def test_settings_that_do_not_fit_the_data_are_named(field, value, sentence, tmp_path):
+    config = changed(field, value)
+    config.data.dir = str(tmp_path)
+    with pytest.raises(UserError) as error:
+        input_pipeline.load(config)
+    assert sentence in str(error.value)
+
+
+def test_a_missing_field_is_named():
+    config = digits_st3.get_config()
+    del config.seed
+    with pytest.raises(UserError, match=r"config\.seed is missing: start from base_c"):
+        check_config(config)
+
+
+def test_data_that_is_not_prepared_comes_with_the_command_that_prepares_it(tmp_path):
+    config = cifar10_st3.get_config()
+    config.data.dir = str(tmp_path)
+    with pytest.raises(UserError) as error:
+        train.train_and_evaluate(config, tmp_path / "workdir")
+    assert "'cifar10' is not prepared in" in str(error.value)
+    command = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_reco"
+    assert command in str(error.value)
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = changed("data.dir", str(tmp_path))
+    with pytest.raises(UserError, match=r"file/run cannot be written to \(Not a dir"):
+        train.train_and_evaluate(config, tmp_path / "file" / "run")
+
+
+def test_a_workdir_with_other_settings_is_not_touched(tmp_path):
+    config = changed("data.dir", str(tmp_path))
+    train.checkpoints.claim_workdir(tmp_path / "run", config)
+    config.sparsity.final = 0.95
+    with pytest.raises(UserError, match=r"sparsity\.final = 0\.9 there, 0\.95 here"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    small, large = changed("model.width", 2), changed("model.width", 3)
+    for config in (small, large):
+        config.data.dir = str(tmp_path)
+    data = input_pipeline.load(small)
+    batches = input_pipeline.train_batches(data, small)
+    states = [
+        train.create_train_state(config, train.create_model(config, 10), 1, 22)
+        for config in (small, large)
+    ]
+    with train.checkpoints.open_checkpoints(tmp_path / "run") as manager:
+        train.checkpoints.save(manager, 1, states[0], batches)
+        manager.wait_until_finished()
+        with pytest.raises(UserError, match=r"is of another model or optimizer: .* is "):
+            train.checkpoints.restore(manager, states[1], batches)
+
+
+def test_every_field_of_the_configuration_is_in_its_table():
+    config = ml_collections.ConfigDict(base_config.get_config())
+    assert {"seed", "data", "model", "sparsity"} <= set(config)
