@@ -103,10 +103,11 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any, batches: Any) -> Any
     there, here = _shapes(checkpoints.item_metadata(step)["state"]), _shapes(state)
     for name in here | there:
         if here.get(name) != there.get(name):
+            stored, expected = there.get(name, "absent"), here.get(name, "absent")
             raise UserError(
                 f"the checkpoint in {checkpoints.directory} (step {step}) is of "
-                f"another model or optimizer: {name} is {there.get(name, 'absent')} there and "
-                f"{here.get(name, 'absent')} here; choose another --workdir=..."
+                f"another model or optimizer: {name} is {stored} there and {expected} "
+                "here; choose another --workdir=..."
             )
     restored = checkpoints.restore(
         step,

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 64
     config.num_epochs = 60
     config.fine_tune_epochs = 10
+    config.label_smoothing = 0.1
     config.learning_rate.peak = 0.1
     config.learning_rate.schedule = "cosine"
     config.learning_rate.per_epoch = False

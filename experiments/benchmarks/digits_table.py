@@ -1,0 +1,69 @@
+"""Accuracy on digits for dense and sparse networks, as means over seeds.
+
+python experiments/benchmarks/digits_table.py
+
+Runs ``digits_st3.py`` for each row and seed, one after another, in folders under
+``runs/digits_table``; what is already there is not run again. Prints a table in
+Markdown and writes it to ``experiments/benchmarks/digits_table.md``.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, logging
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import digits_st3  # noqa: E402  a neighbour of this folder
+import train  # noqa: E402
+
+SEEDS = (0, 1, 2)
+ROWS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "none"},
+    "ST-3, 90 %": {"final": 0.9},
+    "ST-3, 95 %": {"final": 0.95},
+    "ST-3, 98 %": {"final": 0.98},
+    "ST-3-sigma, 90 %": {"final": 0.9, "criterion": "l1_sigma"},
+    "ST-3-sigma, 95 %": {"final": 0.95, "criterion": "l1_sigma"},
+    "ST-3-sigma, 98 %": {"final": 0.98, "criterion": "l1_sigma"},
+}
+
+
+def run(row: str, seed: int) -> dict[str, Any]:
+    """The report of one run."""
+    config = digits_st3.get_config()
+    config.seed = seed
+    config.sparsity.update(ROWS[row])
+    name = row.replace(", ", "-").replace(" %", "")
+    return train.train_and_evaluate(
+        config, pathlib.Path("runs", "digits_table", f"{name}-seed{seed}")
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Runs all rows and prints the table."""
+    del argv
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    lines = [f"| | zeros | {seeds} | mean |", "|---|---|" + "---|" * (len(SEEDS) + 1)]
+    for row in ROWS:
+        reports = [run(row, seed) for seed in SEEDS]
+        accuracies = [report["test_accuracy"] for report in reports]
+        zeros = {report["weights"] - report["nonzero_weights"] for report in reports}
+        cells = [
+            row,
+            " / ".join(f"{zero:,}" for zero in sorted(zeros)),
+            *(f"{accuracy:.2%}" for accuracy in accuracies),
+            f"**{np.mean(accuracies):.2%}**",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    table = "\n".join(lines) + "\n"
+    (HERE / "digits_table.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    app.run(main)
