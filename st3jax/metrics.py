@@ -31,7 +31,7 @@ class Summary(NamedTuple):
     Attributes:
         layers: From path to :class:`Layer`, in the tree's order.
         weights: How many weights they have together.
-        zeros: How many of them are exactly zero, int64 [].
+        zeros: How many of them are exactly zero, int32 [], int64 in 64-bit mode.
         sparsity: ``zeros / weights``, float32 [], a fraction in [0, 1].
     """
 
@@ -74,4 +74,5 @@ def summary(params: Any, *, prunable: Prunable = is_kernel) -> Summary:
         counts = [layer.zeros.astype(jnp.int64) for layer in layers.values()]
         zeros = jnp.sum(jnp.stack(counts))
         sparsity = (zeros / weights).astype(jnp.float32)
+    zeros = zeros.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
     return Summary(layers, weights, zeros, sparsity)

@@ -58,4 +58,5 @@ def finalize(model: M, optimizer: nnx.Optimizer[M]) -> M:
     Raises:
         ValueError: As :func:`sparsify`.
     """
-    return nnx.clone(sparsify(model, optimizer))
+    graphdef, state = nnx.split(sparsify(model, optimizer))
+    return nnx.merge(graphdef, jax.tree.map(jax.numpy.copy, state))

@@ -90,7 +90,10 @@ def _neighbours(keys: list[jax.Array], rank: jax.Array) -> tuple[jax.Array, jax.
         candidate = low | (jnp.ones([], integer) << (bits - 1 - i).astype(integer))
         return jnp.where(_count(keys, candidate) <= rank, candidate, low)
 
-    low = lax.fori_loop(0, bits, set_bit, jnp.zeros([], integer))
+    # The first bit outside the loop: what the loop carries then varies over the same
+    # mesh axes as the keys from its first turn on.
+    low = set_bit(jnp.zeros([], jnp.int32), jnp.zeros([], integer))
+    low = lax.fori_loop(1, bits, set_bit, low)
     top = jnp.iinfo(integer).max
     above = [jnp.min(key, initial=top, where=key > low) for key in keys]
     high = jnp.min(jnp.stack(above))

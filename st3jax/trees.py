@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from flax.core import meta
 
 __all__ = [
     "Off",
@@ -161,9 +163,18 @@ def map_prunable(
 
     def visit(path: tuple[Any, ...], leaf: Any) -> Any:
         name = path_name(path)
-        return fn(name, leaf) if name in chosen else optax.MaskedNode()
+        return fn(name, chosen[name]) if name in chosen else optax.MaskedNode()
 
-    return jax.tree_util.tree_map_with_path(visit, params)
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_boxed)
+
+
+def is_boxed(node: Any) -> bool:
+    """Whether a node is a box that Flax puts around an array, with its metadata.
+
+    Values per leaf are scalars and stay out of the box: its metadata, such as the axes
+    that the array is sharded over, would not fit them.
+    """
+    return isinstance(node, meta.AxisMetadata | nnx.Variable)
 
 
 def is_masked(node: Any) -> bool:
@@ -178,7 +189,9 @@ def map_where_prunable(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
     """
 
     def visit(value: Any, first: Any, *rest: Any) -> Any:
-        return first if is_masked(value) else fn(value, first, *rest)
+        if is_masked(value):
+            return first
+        return jax.tree.map(lambda *leaves: fn(value, *leaves), first, *rest)
 
     return jax.tree.map(visit, values, *trees, is_leaf=is_masked)
 
@@ -194,14 +207,13 @@ def check_same_structure(values: Any, params: Any) -> None:
     Raises:
         ValueError: With a path that only one of the two has.
     """
-    same = True
+
+    def fits(value: Any, part: Any) -> bool:
+        whole = is_masked(value) or is_boxed(part)
+        return whole or jax.tree_util.all_leaves([part])
+
     try:
-        pairs = jax.tree.map(
-            lambda value, leaf: is_masked(value) or jax.tree_util.all_leaves([leaf]),
-            values,
-            params,
-            is_leaf=is_masked,
-        )
+        pairs = jax.tree.map(fits, values, params, is_leaf=is_masked)
         same = all(jax.tree.leaves(pairs))
     except (ValueError, TypeError, KeyError):
         same = False

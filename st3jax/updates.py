@@ -10,7 +10,32 @@ import jax.numpy as jnp
 from st3jax.keys import to_key
 from st3jax.ops import smallest_kept
 
-__all__ = ["hold_mask", "step_onto"]
+__all__ = ["hold_mask", "pin", "step_onto"]
+
+
+def pin(update: jax.Array, count: jax.Array) -> jax.Array:
+    """The update, rounded to its dtype before anything is added to it.
+
+    A compiler may contract ``w - rate * g`` to one operation that rounds once, where
+    thresholds are computed, and not where the caller adds the update. The weights then
+    differ in the last bit, and with them the number of weights below the threshold. So
+    the bits go through an operation that nothing can be contracted across.
+
+    Args:
+        update: Any shape and floating-point dtype.
+        count: int32 [], not negative; ``count >> 31`` is zero, unknown to the compiler.
+
+    Returns:
+        The update, unchanged.
+
+    Example:
+        >>> pin(jnp.array([0.5, -2.0]), jnp.array(7)).tolist()
+        [0.5, -2.0]
+    """
+    integer = jnp.dtype(f"int{8 * update.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(update, integer)
+    bits ^= (count >> 31).astype(integer)
+    return jax.lax.bitcast_convert_type(bits, update.dtype)
 
 
 def _land(w: jax.Array, update: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from st3jax.trees import (
     prunable_leaves,
     switch,
 )
-from st3jax.updates import hold_mask, step_onto
+from st3jax.updates import hold_mask, pin, step_onto
 
 __all__ = ["ST3State", "st3"]
 
@@ -98,7 +98,9 @@ def st3(
 
     This transform has to see the final updates: wrap everything that changes updates
     in ``inner``, clipping and weight decay included. Wrappers that call an optimizer
-    as a whole (``optax.MultiSteps``, ``optax.apply_if_finite``, ...) go outside.
+    as a whole (``optax.MultiSteps``, ``optax.apply_if_finite``, ...) go outside. Call
+    ``update`` under ``jax.jit``. ``optax.inject_hyperparams(st3, ...)`` takes functions
+    for schedules: give it ``static_args=("prunable",)``.
 
     Args:
         inner: The optimizer that trains the raw weights.
@@ -147,14 +149,17 @@ def st3(
     _check_arguments(inner, sparsity, criterion, update_every, freeze_step)
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: optax.Params) -> ST3State:
+    def init_thresholds(params: optax.Params) -> Any:
+        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
+            return jnp.full([], OFF)
         leaves = prunable_leaves(params, prunable)
         dtype = score_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
+        return map_prunable(lambda *_: jnp.full([], OFF, dtype), params, prunable)
+
+    def init_fn(params: optax.Params) -> ST3State:
         return ST3State(
             count=jnp.zeros([], jnp.int32),
-            thresholds=map_prunable(
-                lambda *_: jnp.full([], OFF, dtype), params, prunable
-            ),
+            thresholds=init_thresholds(params),
             frozen=optax.MaskedNode() if freeze_step is None else jnp.zeros([], bool),
             soft=switch(soft),
             rescale=switch(rescale),
@@ -201,6 +206,9 @@ def st3(
                 updates,
                 params,
             )
+        updates = map_where_prunable(
+            lambda _, u: pin(u, state.count), state.thresholds, updates
+        )
         stepped = optax.apply_updates(params, updates)
         state = state._replace(
             count=count,
