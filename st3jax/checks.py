@@ -6,7 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["check_choice", "check_fraction", "check_steps", "is_concrete"]
+__all__ = [
+    "check_choice",
+    "check_fraction",
+    "check_positive",
+    "check_steps",
+    "is_concrete",
+]
 
 
 def is_concrete(value: Any) -> bool:
@@ -35,16 +41,19 @@ def check_fraction(value: Any, name: str) -> None:
         Traceback (most recent call last):
         ValueError: sparsity is a fraction in [0, 1], got 90: for 90 % write 0.9
     """
+    if np.ndim(value) != 0:
+        got = repr(value) if is_concrete(value) else f"shape {np.shape(value)}"
+        raise TypeError(f"{name} is a number in [0, 1], got {got}")
     if not is_concrete(value):
         return
-    if isinstance(value, bool | str) or np.ndim(value) != 0:
+    if np.asarray(value).dtype.kind in "USb":  # text or a truth value
         raise TypeError(f"{name} is a number in [0, 1], got {value!r}")
     try:
         number = float(value)
     except TypeError:
         raise TypeError(f"{name} is a number in [0, 1], got {value!r}") from None
     if not 0.0 <= number <= 1.0:
-        percent = 1.0 < number <= 100.0
+        percent = 2.0 <= number <= 100.0
         hint = f": for {number:g} % write {number / 100:g}" if percent else ""
         raise ValueError(f"{name} is a fraction in [0, 1], got {value}{hint}")
 
@@ -68,13 +77,44 @@ def check_steps(value: Any, name: str, at_least: int) -> None:
     """
     if not is_concrete(value):
         return
-    whole = not isinstance(value, bool | str) and np.ndim(value) == 0
-    if not whole or not math.isfinite(value) or value != int(value):
+    if not _is_real(value) or not math.isfinite(value) or value != int(value):
         raise TypeError(f"{name} is a whole number of steps, got {value!r}")
     if value < at_least:
         raise ValueError(
             f"{name} is a number of steps, {at_least} or more, got {value}"
         )
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is one real number, and not a truth value."""
+    return (
+        np.ndim(value) == 0
+        and not isinstance(value, bool | np.bool_)
+        and np.issubdtype(np.asarray(value).dtype, np.number)
+        and np.isrealobj(value)
+    )
+
+
+def check_positive(value: Any, name: str) -> None:
+    """Raises unless ``value`` is a finite number above 0.
+
+    Args:
+        value: What the user passed.
+        name: What the user calls it, for the message.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not above 0.
+
+    Example:
+        >>> check_positive(0, "power")
+        Traceback (most recent call last):
+        ValueError: power is a number above 0, got 0
+    """
+    if not _is_real(value):
+        raise TypeError(f"{name} is a number above 0, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is a number above 0, got {value}")
 
 
 def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -93,4 +93,8 @@ def is_positive(x: jax.typing.ArrayLike) -> jax.Array:
         >>> is_positive(jnp.array([-1.0, 0.0, 1e-45, jnp.nan])).tolist()
         [False, False, True, False]
     """
-    return (to_key(x) > 0) & ~jnp.signbit(x) & ~jnp.isnan(x)
+    x = jnp.asarray(x)
+    x = x.astype(score_dtype(x.dtype))
+    bits = lax.bitcast_convert_type(x, key_dtype(x.dtype))
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), bits.dtype)
+    return (bits > 0) & (bits <= infinity)

@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from st3jax import ops
 from st3jax.checks import check_fraction
+from st3jax.keys import is_positive
 from st3jax.thresholds import leaf_thresholds
 from st3jax.trees import Prunable, is_kernel, map_where_prunable
 
@@ -52,9 +54,10 @@ def prune(
         params, sparsity, criterion=criterion, prunable=prunable
     )
 
+    with jax.enable_x64(True):
+        asked = is_positive(jnp.asarray(sparsity, jnp.float64))
+
     def hard(t: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.numpy.where(
-            jax.numpy.asarray(sparsity) > 0, ops.hard_threshold(w, t), w
-        )
+        return jnp.where(asked, ops.hard_threshold(w, t), w)
 
     return map_where_prunable(hard, thresholds, params)

@@ -55,7 +55,8 @@ def _hard_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return (x.astype(score_dtype(x.dtype)) * scale).astype(x.dtype)
+    scaled = (x.astype(score_dtype(x.dtype)) * scale).astype(x.dtype)
+    return jnp.where(to_key(scaled) == 0, x, scaled)
 
 
 def _straight_through_bwd(
@@ -83,6 +84,17 @@ def _hold_zeros_bwd(
 
 
 _hold_zeros.defvjp(lambda w, hold: (w, (w, hold)), _hold_zeros_bwd)
+
+
+def _fitting(x: jax.typing.ArrayLike, w: jax.Array, name: str) -> jax.Array:
+    """A threshold or a scale in the dtype to compute in, if its shape fits."""
+    x = jnp.asarray(x, score_dtype(w.dtype))
+    if jnp.broadcast_shapes(x.shape, w.shape) != w.shape:
+        raise ValueError(
+            f"{name} has shape {x.shape}, which does not broadcast to that of the "
+            f"weights, {w.shape}"
+        )
+    return x
 
 
 def soft_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
@@ -114,7 +126,7 @@ def soft_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Arra
         arXiv:2212.01076, section 3.
     """
     w = jnp.asarray(w)
-    return _soft_threshold(w, jnp.asarray(t, score_dtype(w.dtype)))
+    return _soft_threshold(w, _fitting(t, w, "t"))
 
 
 def hard_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
@@ -140,7 +152,7 @@ def hard_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Arra
         arXiv:2212.01076, section 3.
     """
     w = jnp.asarray(w)
-    return _hard_threshold(w, jnp.asarray(t, score_dtype(w.dtype)))
+    return _hard_threshold(w, _fitting(t, w, "t"))
 
 
 def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
@@ -159,7 +171,8 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
 
     Returns:
         Array of shape ``w.shape[-1:]``, float64 for float64 weights and float32
-        otherwise, between 1 (nothing lost) and 101; 1 where ``t`` is off.
+        otherwise, between 1 (nothing lost) and 101; 1 where ``t`` is off, and for a
+        channel that is not finite.
 
     Example:
         >>> w = jnp.array([[1.0, 3.0], [1.0, 1.0]])
@@ -171,10 +184,13 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
     """
     w = jnp.asarray(w)
     size = jnp.abs(w.astype(score_dtype(w.dtype)))
-    t = jnp.asarray(t, size.dtype)
+    t = _fitting(t, w, "t")
     kept = jnp.where((to_key(size) > to_key(t)) | ~is_positive(t), size, 0)
     axes = tuple(range(w.ndim - 1))
-    r = (kept.mean(axes) + 1e-6) / (size.mean(axes) + 1e-6)
+    before, after = size.mean(axes), kept.mean(axes)
+    # Also where the mean is not finite: one bad weight must not spoil its channel.
+    intact = (after == before) | jnp.isnan(before)
+    r = jnp.where(intact, 1, (after + 1e-6) / (before + 1e-6))
     return jax.lax.stop_gradient(1.01 / (r + 0.01))
 
 
@@ -200,7 +216,7 @@ def rescale(x: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
         arXiv:2212.01076, section 3.
     """
     x = jnp.asarray(x)
-    return _rescale(x, jnp.asarray(scale, score_dtype(x.dtype)))
+    return _rescale(x, _fitting(scale, x, "scale"))
 
 
 def hold_zeros(w: jax.typing.ArrayLike, hold: jax.typing.ArrayLike) -> jax.Array:

@@ -1,10 +1,10 @@
 """How the asked sparsity grows over training: a ramp is an ordinary Optax schedule."""
 
-import math
-
+import jax
+import jax.numpy as jnp
 import optax
 
-from st3jax.checks import check_fraction, check_steps
+from st3jax.checks import check_fraction, check_positive, check_steps
 
 __all__ = ["polynomial_ramp"]
 
@@ -53,12 +53,19 @@ def polynomial_ramp(
             f"the ramp ends at step {end}, not after it begins at step {begin}; for a "
             "sparsity that is there at once, pass the number itself"
         )
-    if not (math.isfinite(power) and power > 0):
-        raise ValueError(f"power is a number above 0, got {power}")
-    return optax.polynomial_schedule(
+    check_positive(power, "power")
+
+    ramp = optax.polynomial_schedule(
         init_value=0.0,
         end_value=final,
         power=power,
         transition_steps=int(end) - int(begin),
         transition_begin=int(begin),
     )
+
+    def sparsity(count: jax.typing.ArrayLike) -> jax.Array:
+        # Compiled division can leave a remainder at the end, and its fractional power
+        # may not be a number.
+        return jnp.where(jnp.asarray(count) >= end, final, ramp(count))
+
+    return sparsity

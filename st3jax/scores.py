@@ -43,7 +43,7 @@ def score_factor(criterion: str, shape: tuple[int, ...]) -> float:
         arXiv:2212.01076, section 3; the normalisation of ERK layer densities.
     """
     check_choice(criterion, "criterion", CRITERIA)
-    return 1.0 if criterion == "l1" else math.sqrt(sum(shape))
+    return 1.0 if criterion == "l1" else math.sqrt(sum(shape) or 1)
 
 
 def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
@@ -63,7 +63,10 @@ def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
     w = jnp.asarray(w)
     size = jnp.abs(w.astype(score_dtype(w.dtype)))
     factor = score_factor(criterion, w.shape)
-    return size if factor == 1.0 else size * factor
+    if factor == 1.0:
+        return size
+    least = jnp.asarray(jnp.finfo(size.dtype).smallest_normal, size.dtype)
+    return jnp.where(to_key(size) < to_key(least), 0, size) * factor
 
 
 def weight_threshold(t: jax.Array, factor: float) -> jax.Array:
@@ -86,6 +89,9 @@ def weight_threshold(t: jax.Array, factor: float) -> jax.Array:
     """
     if factor == 1.0:
         return t
-    nearest = to_key(t / factor) + jnp.arange(-2, 3, dtype=key_dtype(t.dtype))
-    candidates = from_key(jnp.maximum(nearest, 0))
-    return jnp.max(candidates, initial=0, where=candidates * factor <= t)
+    least = to_key(jnp.asarray(jnp.finfo(t.dtype).smallest_normal, t.dtype))
+    nearest = jnp.maximum(to_key(t / factor), least) + jnp.arange(
+        -2, 3, dtype=key_dtype(t.dtype)
+    )
+    below = to_key(from_key(nearest) * factor) <= to_key(t)
+    return from_key(jnp.max(nearest, initial=least - 1, where=below))

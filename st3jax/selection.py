@@ -68,7 +68,8 @@ def threshold(scores: Any, fraction: jax.typing.ArrayLike) -> jax.Array:
     dtype = score_dtype(*(leaf.dtype for leaf in leaves))
     keys = [to_key(leaf.astype(dtype)) for leaf in leaves]
     with jax.enable_x64(True):
-        position = jnp.asarray(fraction).astype(jnp.float64) * (n - 1)
+        fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
+        position = fraction * (n - 1)
         rank = jnp.floor(position)
         low, high = _neighbours(keys, rank.astype(jnp.int64))
         gap = (position - rank).astype(dtype)

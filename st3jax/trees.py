@@ -102,10 +102,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
         >>> list(named_leaves({"b": {"kernel": 1.0}, "a": 2.0}))
         ['a', 'b/kernel']
     """
-    return {
-        path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in leaves:
+            raise ValueError(
+                f"two parameters are called '{name}': rename one, so that a predicate "
+                "can tell them apart"
+            )
+        leaves[name] = leaf
+    return leaves
 
 
 def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, Any]:
@@ -220,13 +226,17 @@ def check_same_structure(values: Any, params: Any) -> None:
     if not same:
         known, given = named_leaves(values), named_leaves(params)
         missing = next((path for path in known if path not in given), None)
+        places = jax.tree_util.tree_leaves_with_path(values, is_leaf=is_masked)
+        names = {path_name(path) for path, _ in places}
+        extra = next((path for path in given if path not in names), None)
         what = (
             f"'{missing}' is missing from the params"
             if missing
-            else "the params have other leaves besides"
+            else f"the params have other leaves besides, such as '{extra}'"
         )
-        listed = ", ".join(list(given)[:3])
+        listed = ", ".join(list(given)[:3]) or "none at all"
         raise ValueError(
             "these params do not have the structure that the optimizer state was "
-            f"initialised with: {what} (they hold {listed}, ...)"
+            f"initialised with: {what} (they hold {listed}); NNX models have "
+            "st3jax.nnx.sparsify(model, optimizer)"
         )

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with train.checkpoints.open_checkpoints(tmp_path / "run") as manager:
         train.checkpoints.save(manager, 1, states[0], batches)
         manager.wait_until_finished()
-        with pytest.raises(UserError, match=r"is of another model or optimizer: .* is "):
+        with pytest.raises(UserError, match=r"of another model or optimizer: .* is "):
             train.checkpoints.restore(manager, states[1], batches)
 
 

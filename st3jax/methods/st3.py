@@ -146,7 +146,7 @@ def st3(
     References:
         arXiv:2212.01076, section 3.
     """
-    _check_arguments(inner, sparsity, criterion, update_every, freeze_step)
+    _check_arguments(inner, sparsity, criterion, prunable, update_every, freeze_step)
     inner = optax.with_extra_args_support(inner)
 
     def init_thresholds(params: optax.Params) -> Any:
@@ -245,6 +245,7 @@ def _check_arguments(
     inner: Any,
     sparsity: Any,
     criterion: str,
+    prunable: Any,
     update_every: int,
     freeze_step: int | None,
 ) -> None:
@@ -253,6 +254,11 @@ def _check_arguments(
         raise TypeError(
             "the first argument of st3 is the optimizer to wrap, such as "
             f"optax.sgd(0.1), got {type(inner).__name__}"
+        )
+    if not callable(prunable):
+        raise TypeError(
+            "prunable is a function of (path, leaf) that says whether to prune the "
+            f"leaf, got {prunable!r}"
         )
     check_choice(criterion, "criterion", CRITERIA)
     check_steps(update_every, "update_every", 1)

@@ -1,0 +1,83 @@
+"""A summary counts exact zeros, as numpy does, and nothing but exact zeros."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import st3jax
+
+DTYPES = tuple(map(jnp.dtype, ("float32", "float64", "bfloat16", "float16")))
+SHAPES = {
+    "Conv_0": {"kernel": (3, 3, 2, 2), "bias": (2,)},
+    "Dense_0": {"kernel": (4, 3), "bias": (3,)},
+    "empty": {"kernel": (0, 3)},
+}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+summarize = jax.jit(st3jax.summary)
+
+
+def weights(dtype):
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    numbers = st.sampled_from([0.0, -0.0, least, -least, 1.0, np.inf, np.nan])
+
+    def leaf(shape):
+        array = hnp.arrays(np.float64, shape, elements=numbers)
+        return array.map(lambda x: x.astype(dtype))
+
+    layers = {
+        layer: st.fixed_dictionaries(
+            {name: leaf(shape) for name, shape in leaves.items()}
+        )
+        for layer, leaves in SHAPES.items()
+    }
+    return st.fixed_dictionaries(layers)
+
+
+def zeros_of(leaf):
+    return np.count_nonzero(np.asarray(leaf).astype(np.float64) == 0)
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [st3jax.summary, summarize])
+def test_a_summary_counts_the_zeros_of_each_layer_and_of_all(count, dtype):
+    @settings(deadline=None, max_examples=40)
+    @given(weights(dtype))
+    def check(params):
+        with jax.enable_x64(dtype == np.float64):
+            report = count(params)
+        kernels = {f"{name}/kernel": layer["kernel"] for name, layer in params.items()}
+        assert list(report.layers) == sorted(kernels)
+        for path, kernel in kernels.items():
+            layer = report.layers[path]
+            assert int(layer.zeros) == zeros_of(kernel)
+            assert int(layer.weights) == kernel.size
+            assert tuple(map(int, layer.shape)) == kernel.shape
+        zeros = sum(map(zeros_of, kernels.values()))
+        n = sum(kernel.size for kernel in kernels.values())
+        assert (int(report.zeros), int(report.weights)) == (zeros, n)
+        assert np.asarray(report.sparsity) == np.float32(zeros / n)
+
+    check()
+
+
+def test_a_predicate_says_what_is_counted():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(3)}
+    biases = st3jax.summary(params, prunable=lambda path, leaf: path == "bias")
+    assert list(biases.layers) == ["bias"]
+    assert float(biases.sparsity) == 1
+
+
+def test_a_summary_of_abstract_weights_has_their_shapes():
+    shapes = jax.eval_shape(st3jax.summary, {"kernel": jnp.ones((2, 2))})
+    assert shapes.zeros.shape == shapes.sparsity.shape == ()
+    assert shapes.zeros.dtype == jnp.int32
+
+
+def test_a_summary_of_nothing_prunable_is_refused():
+    with pytest.raises(ValueError, match="no parameter is prunable"):
+        st3jax.summary({"bias": jnp.zeros(3)})
