@@ -10,8 +10,8 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -45,7 +45,7 @@ class Monitor:
             str(workdir / "tensorboard"), purge_step=start
         )
         self._progress = Progress(
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
@@ -79,7 +79,7 @@ class Monitor:
             self._tensorboard.add_scalar(name, value, step)
         self._shown |= metrics
         status = (
-            "loss {train_loss:.3f} acc {train_accuracy:.1%} test {test_accuracy:.1%} "
+            "loss {train_loss:.2f} acc {train_accuracy:.0%} test {test_accuracy:.1%} "
             "zeros {sparsity:.1%} {images_per_second:,.0f} img/s"
         ).format(**self._shown)
         self._progress.update(self._task, completed=step, status=status)
