@@ -61,12 +61,22 @@ def to_key(x: jax.typing.ArrayLike) -> jax.Array:
         >>> to_key(jnp.array([-0.0, 1.0, -1.0])).tolist()
         [0, 1065353216, 1065353216]
     """
-    x = jnp.asarray(x)
+    bits = _bits(jnp.asarray(x))
+    infinity = _infinity(bits.dtype)
+    return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The bit pattern in the dtype in which magnitudes are compared."""
+    if x.dtype == jnp.bfloat16:  # the upper half of a float32; converting may flush
+        return lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) << 16
     x = x.astype(score_dtype(x.dtype))
-    integer = key_dtype(x.dtype)
-    key = lax.bitcast_convert_type(x, integer) & jnp.iinfo(integer).max
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), integer)
-    return jnp.minimum(key, infinity + 1)
+    return lax.bitcast_convert_type(x, key_dtype(x.dtype))
+
+
+def _infinity(integer: jnp.dtype) -> jax.Array:
+    dtype = jnp.float64 if integer == jnp.int64 else jnp.float32
+    return lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), integer)
 
 
 def from_key(key: jax.Array) -> jax.Array:
@@ -93,8 +103,5 @@ def is_positive(x: jax.typing.ArrayLike) -> jax.Array:
         >>> is_positive(jnp.array([-1.0, 0.0, 1e-45, jnp.nan])).tolist()
         [False, False, True, False]
     """
-    x = jnp.asarray(x)
-    x = x.astype(score_dtype(x.dtype))
-    bits = lax.bitcast_convert_type(x, key_dtype(x.dtype))
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), bits.dtype)
-    return (bits > 0) & (bits <= infinity)
+    bits = _bits(jnp.asarray(x))
+    return (bits > 0) & (bits <= _infinity(bits.dtype))

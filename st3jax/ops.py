@@ -44,7 +44,7 @@ def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
     t = t.astype(wide.dtype)
     size = jnp.maximum(jnp.abs(wide) - t, smallest_kept(w.dtype))
     shrunk = jnp.where(to_key(wide) > to_key(t), jnp.copysign(size, wide), 0)
-    return jnp.where(is_positive(t), shrunk, wide).astype(w.dtype)
+    return jnp.where(is_positive(t), shrunk.astype(w.dtype), w)
 
 
 @jax.custom_vjp

@@ -2,11 +2,14 @@
 
 Scores are magnitudes: non-negative, minus zero equal to zero, NaN above infinity. The
 threshold is the quantile of all scores of all leaves together, without sorting or
-concatenating them: the bit pattern of the wanted order statistic is found from its
-highest bit down, each bit by counting how many scores lie below a candidate. Counts
-are integers, and the few scalars that add them up have 64 bits, whether JAX runs in
-64-bit mode or not. No float arithmetic decides anything but the interpolation between
-two neighbouring scores. The work is one read of the scores for each bit.
+concatenating them: the bit patterns of the two neighbouring order statistics are found
+by counting how many scores lie below a candidate. Counts are integers, and the few
+scalars that add them up have 64 bits, whether JAX runs in 64-bit mode or not. No float
+arithmetic decides anything but the interpolation between the two neighbours.
+
+Where arrays are whole on a CPU, :mod:`st3jax.digit_search` needs about five reads of
+them; elsewhere :mod:`st3jax.bit_search` finds some bits with each read, and nothing but
+counts crosses devices.
 """
 
 from typing import Any
@@ -15,13 +18,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from st3jax import bit_search, digit_search
 from st3jax.checks import check_fraction
 from st3jax.keys import from_key, score_dtype, to_key
 
 __all__ = ["threshold"]
 
+FEW = 1 << 17
+"""Up to so many scores, the simple search is as fast as any."""
+MARGIN = 1 << 16
+"""How far a threshold is taken to move between two steps, in keys: about 0.5 %."""
+BITS_PER_READ = 3
+"""On accelerators, where comparisons hide behind the reads."""
 
-def threshold(scores: Any, fraction: jax.typing.ArrayLike) -> jax.Array:
+
+def threshold(
+    scores: Any,
+    fraction: jax.typing.ArrayLike,
+    *,
+    near: jax.typing.ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> jax.Array:
     r"""The quantile of all scores together, exact for any number of them.
 
     With the scores sorted, :math:`a_0 \le \dots \le a_{n-1}`, and the position
@@ -41,6 +58,10 @@ def threshold(scores: Any, fraction: jax.typing.ArrayLike) -> jax.Array:
             scores: only magnitudes count. NaN sorts above infinity.
         fraction: Scalar in [0, 1], concrete or traced. The position is computed in
             float64.
+        near: Scalar that the threshold may be close to, such as the one a step before.
+            It changes the time taken, never the result.
+        axis_name: Axes of ``shard_map`` that the scores are sharded over, if any: the
+            threshold is then that of the shards of all devices together.
 
     Returns:
         Scalar threshold, float64 if a leaf is float64 and float32 otherwise. NaN if
@@ -61,45 +82,58 @@ def threshold(scores: Any, fraction: jax.typing.ArrayLike) -> jax.Array:
     check_fraction(fraction, "fraction")
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
     n = sum(leaf.size for leaf in leaves)
+    if axis_name is not None:
+        n *= lax.axis_size(axis_name)
     if n == 0:
         raise ValueError(
             "there is no score to select a threshold from: scores are empty"
         )
     dtype = score_dtype(*(leaf.dtype for leaf in leaves))
-    keys = [to_key(leaf.astype(dtype)) for leaf in leaves]
+    if dtype == jnp.float64:
+        leaves = [leaf.astype(dtype) for leaf in leaves]
+    near = jnp.asarray(-1 if near is None else near, dtype)
     with jax.enable_x64(True):
         fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
         position = fraction * (n - 1)
         rank = jnp.floor(position)
-        low, high = _neighbours(keys, rank.astype(jnp.int64))
+        low, high = _neighbours(leaves, rank.astype(jnp.int64), near, axis_name)
         gap = (position - rank).astype(dtype)
     return _interpolate(low, high, gap)
 
 
-def _count(keys: list[jax.Array], candidate: jax.Array) -> jax.Array:
-    """How many keys are below the candidate, int64 []."""
-    counts = [jnp.sum(key < candidate, dtype=jnp.int32) for key in keys]
-    return jnp.sum(jnp.stack(counts).astype(jnp.int64))
+def _neighbours(
+    leaves: list[jax.Array], rank: jax.Array, near: jax.Array, axis_name: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
+
+    def by_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
+        return bit_search.neighbours(leaves, rank, axis_name=axis_name)
+
+    def by_many_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
+        return bit_search.neighbours(
+            leaves, rank, axis_name=axis_name, bits_per_read=BITS_PER_READ
+        )
+
+    def by_digits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
+        return digit_search.neighbours(
+            leaves, rank, near, margin=MARGIN, axis_name=axis_name
+        )
+
+    few = sum(leaf.size for leaf in leaves) <= FEW
+    whole = _are_whole() and near.dtype == jnp.float32
+    on_cpu = by_digits if whole and not few else by_bits
+    return lax.platform_dependent(leaves, rank, near, cpu=on_cpu, default=by_many_bits)
 
 
-def _neighbours(keys: list[jax.Array], rank: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The order statistics ``rank`` and ``rank + 1`` (0-based) of all keys."""
-    integer = keys[0].dtype
-    bits = jnp.iinfo(integer).bits - 1
+def _are_whole() -> bool:
+    """Whether a traced array is one piece of memory on the device that computes.
 
-    def set_bit(i: jax.Array, low: jax.Array) -> jax.Array:
-        candidate = low | (jnp.ones([], integer) << (bits - 1 - i).astype(integer))
-        return jnp.where(_count(keys, candidate) <= rank, candidate, low)
-
-    # The first bit outside the loop: what the loop carries then varies over the same
-    # mesh axes as the keys from its first turn on.
-    low = set_bit(jnp.zeros([], jnp.int32), jnp.zeros([], integer))
-    low = lax.fori_loop(1, bits, set_bit, low)
-    top = jnp.iinfo(integer).max
-    above = [jnp.min(key, initial=top, where=key > low) for key in keys]
-    high = jnp.min(jnp.stack(above))
-    tied = _count(keys, low + 1) > rank + 1
-    return low, jnp.where(tied | (high == top), low, high)
+    With several devices, ``jit`` may have sharded it, unless all axes of the mesh are
+    the caller's own, as under ``shard_map`` and ``pmap``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() == 1 or by_hand
 
 
 def _interpolate(low: jax.Array, high: jax.Array, gap: jax.Array) -> jax.Array:

@@ -6,7 +6,13 @@ import jax
 
 from st3jax.scores import score_factor, scores, weight_threshold
 from st3jax.selection import threshold
-from st3jax.trees import Prunable, is_kernel, map_prunable, prunable_leaves
+from st3jax.trees import (
+    Prunable,
+    is_kernel,
+    map_prunable,
+    named_leaves,
+    prunable_leaves,
+)
 
 __all__ = ["leaf_thresholds"]
 
@@ -17,6 +23,7 @@ def leaf_thresholds(
     *,
     criterion: str = "l1",
     prunable: Prunable = is_kernel,
+    near: Any = None,
 ) -> Any:
     """The thresholds on weights that remove exactly ``fraction`` of them globally.
 
@@ -25,6 +32,8 @@ def leaf_thresholds(
         fraction: Share of all prunable weights to remove, in [0, 1].
         criterion: ``"l1"`` or ``"l1_sigma"``, see :func:`st3jax.scores.score_factor`.
         prunable: Predicate on (path, leaf).
+        near: Thresholds that these may be close to, such as those a step before; they
+            change the time taken, never the result.
 
     Returns:
         Tree with a scalar threshold on ``|w|`` for each prunable leaf (all of one
@@ -41,9 +50,15 @@ def leaf_thresholds(
         2.0
     """
     leaves = prunable_leaves(params, prunable)
-    t = threshold({path: scores(w, criterion) for path, w in leaves.items()}, fraction)
+    factors = {path: score_factor(criterion, w.shape) for path, w in leaves.items()}
+    if near is not None:
+        path, before = next(iter(named_leaves(near).items()))
+        near = before * factors[path]
+    t = threshold(
+        {path: scores(w, criterion) for path, w in leaves.items()}, fraction, near=near
+    )
 
     def on_weights(path: str, w: jax.Array) -> jax.Array:
-        return weight_threshold(t, score_factor(criterion, w.shape))
+        return weight_threshold(t, factors[path])
 
     return map_prunable(on_weights, params, prunable)

@@ -179,7 +179,9 @@ def st3(
         params = jax.lax.optimization_barrier(params)
         return jax.lax.cond(
             due & asked,
-            lambda: leaf_thresholds(params, s, criterion=criterion, prunable=prunable),
+            lambda: leaf_thresholds(
+                params, s, criterion=criterion, prunable=prunable, near=thresholds
+            ),
             lambda: jax.tree.map(lambda t: jnp.where(due, OFF, t), thresholds),
         )
 

@@ -1,0 +1,192 @@
+"""Both searches find the same two neighbouring keys that sorting finds, anywhere."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from st3jax import bit_search, digit_search
+from st3jax.keys import from_key, to_key
+from st3jax.selection import threshold
+
+N = 300_000  # enough for a sample to be taken
+RANKS = (0, 1, N // 2, int(0.9 * N), N - 2, N - 1)
+MARGIN = 1 << 16
+rng = np.random.default_rng(0)
+
+
+def special(values):
+    x = rng.standard_normal(N).astype(np.float32)
+    x[: len(values)] = values
+    return rng.permutation(x)
+
+
+normal = rng.standard_normal(N).astype(np.float32)
+ARRAYS = {
+    "normal": normal,
+    "ties": rng.integers(-3, 4, N).astype(np.float32),
+    "mostly zero": normal * (rng.random(N) < 0.4),
+    "all equal": np.full(N, -2.5, np.float32),
+    "all zero": np.full(N, -0.0, np.float32),
+    "two neighbours": np.nextafter(np.float32(1), np.float32(2), dtype=np.float32)
+    * (rng.random(N) < 0.5)
+    + (rng.random(N) < 0.0),
+    "74 decades": (10.0 ** rng.uniform(-37, 37, N)).astype(np.float32),
+    "subnormal": (normal * 1e-42).astype(np.float32),
+    "one outlier": special([3e38]),
+    "not finite": special([np.inf] * 1000 + [np.nan] * 1000),
+    "all NaN": np.full(N, np.nan, np.float32),
+}
+SEARCHES = {
+    "a bit": functools.partial(bit_search.neighbours, bits_per_read=1),
+    "three bits": functools.partial(bit_search.neighbours, bits_per_read=3),
+    "five bits": functools.partial(bit_search.neighbours, bits_per_read=5),
+    "digits": lambda leaves, rank, near=-1.0: digit_search.neighbours(
+        leaves, rank, jnp.float32(near), margin=MARGIN
+    ),
+}
+
+
+def in_leaves(x):
+    """Leaves of several ranks, an empty one and a scalar among them."""
+    return [
+        jnp.asarray(x[:1].reshape(())),
+        jnp.zeros((0, 3), jnp.float32),
+        jnp.asarray(x[1:50_001].reshape(10, 50, 100)),
+        jnp.asarray(x[50_001:]),
+    ]
+
+
+def search(name):
+    @jax.jit
+    def found(leaves, rank, *near):
+        with jax.enable_x64(True):
+            return SEARCHES[name](leaves, rank.astype(jnp.int64), *near)
+
+    return found
+
+
+def sorted_keys(x):
+    return np.sort(np.asarray(to_key(x)))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_finds_what_sorting_finds(name):
+    found = search(name)
+    for label, x in ARRAYS.items():
+        keys = sorted_keys(x)
+        for rank in RANKS:
+            low, high = found(in_leaves(x), np.int32(rank))
+            expected = keys[rank], keys[min(rank + 1, N - 1)]
+            assert (int(low), int(high)) == expected, (label, rank)
+
+
+def test_a_hint_changes_nothing_but_the_time():
+    found = search("digits")
+    for x in ARRAYS.values():
+        keys = sorted_keys(x)
+        for rank in RANKS:
+            right = float(from_key(jnp.asarray(keys[rank])))
+            for near in (right, right * 1.003, right * 0.5, 1e-30, 3e38, np.nan, -1.0):
+                low, high = found(in_leaves(x), np.int32(rank), np.float32(near))
+                assert (low, high) == (keys[rank], keys[min(rank + 1, N - 1)])
+
+
+found_by_digits = search("digits")
+patterns = st.integers(0, 2**31 - 1)  # of any float32, NaNs included
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(patterns, min_size=1, max_size=6), patterns, st.integers(0, N - 1))
+def test_any_bit_patterns_are_searched_from_any_hint(values, near, rank):
+    x = np.array(values, np.int32)[np.arange(N) ** 2 % 7919 % len(values)]
+    x = x.view(np.float32)
+    keys = sorted_keys(x)
+    hint = np.array(near, np.int32).view(np.float32)
+    low, high = found_by_digits(in_leaves(x), np.int32(rank), hint)
+    assert (low, high) == (keys[rank], keys[min(rank + 1, N - 1)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, N - 1), st.floats(0.0, 4.0, width=32))
+def test_any_rank_is_found_from_any_hint(rank, near):
+    keys = sorted_keys(normal)
+    low, high = found_by_digits(in_leaves(normal), np.int32(rank), np.float32(near))
+    assert (low, high) == (keys[rank], keys[min(rank + 1, N - 1)])
+
+
+def test_counters_of_one_byte_do_not_overflow():
+    x = np.full(2_000_000, 0.5, np.float32)
+    x[:3] = 1.0, 2.0, 3.0
+    for rank, expected in ((1_999_996, (0.5, 1.0)), (1_999_998, (2.0, 3.0))):
+        keys = found_by_digits([jnp.asarray(x)], np.int32(rank), np.float32(0.5))
+        assert tuple(float(from_key(key)) for key in keys) == expected
+
+
+def test_digits_take_little_more_than_a_byte_an_element():
+    leaves = [jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(8)]
+    rank = jax.ShapeDtypeStruct((), jnp.int32)
+    near = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = search("digits").lower(leaves, rank, near).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    assert memory <= 1.3 * sum(leaf.size for leaf in leaves)
+
+
+def test_a_float64_array_is_searched_in_float64():
+    with jax.enable_x64(True):
+        x = 1.0 + np.arange(1000) * 1e-12
+        t = jax.jit(threshold)([jnp.asarray(x)], 0.25)
+        assert t == np.quantile(x, 0.25)
+
+
+LAYOUTS = [P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_sharded_threshold_has_the_same_bits_and_moves_only_counts(layout):
+    mesh = jax.make_mesh(
+        (4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    x = normal[:262_144].reshape(512, 512)
+    sharded = jax.device_put(x, NamedSharding(mesh, layout))
+    compiled = jax.jit(threshold).lower([sharded], np.float32(0.9)).compile()
+    assert compiled([sharded], np.float32(0.9)) == threshold([x], np.float32(0.9))
+    moved = re.findall(
+        r"= (\S+) (?:all-gather|all-to-all|collective-permute|all-reduce)\(",
+        compiled.as_text(),
+    )
+    assert moved
+    for shape in moved:
+        sizes = [int(n) for n in re.findall(r"\d+", shape.split("[")[1].split("]")[0])]
+        assert np.prod(sizes) <= 64, shape
+
+
+@pytest.mark.parametrize("rows", [64, 1024], ids=["by bits", "by digits"])
+def test_under_shard_map_the_shards_of_all_devices_count(rows):
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = normal[: rows * 256].reshape(rows, 256)
+    y = normal[-4096:]
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(None, "i"), P("i"), P()), out_specs=P()
+    )
+    def select(x, y, near):
+        return threshold({"x": x, "y": y}, np.float32(0.9), near=near, axis_name="i")
+
+    expected = threshold({"x": x, "y": y}, np.float32(0.9))
+    for near in (-1.0, float(expected), 0.1):
+        assert select(x, y, np.float32(near)) == expected
+
+
+def test_under_pmap_every_replica_has_the_same_bits():
+    copies = np.stack([normal] * 2)
+    ts = jax.pmap(lambda x: threshold([x], np.float32(0.9)))(copies)
+    assert ts[0] == ts[1] == threshold([normal], np.float32(0.9))
