@@ -1,0 +1,103 @@
+"""What ST-3 adds to a training step: time and memory next to the same dense step.
+
+python experiments/benchmarks/step_overhead.py
+
+Times whole training steps of ``cifar10_st3.py`` (ResNet-20, batch 128) on random
+images, dense and with ST-3 in its ramp, interleaved in one run. Only the ratios mean
+anything.
+``--settings=experiments/imagenet_st3.py --settings.batch_size=8`` does the same for
+ResNet-50.
+"""
+
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from flax import jax_utils
+from ml_collections import config_flags
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import st3jax  # noqa: E402
+import train  # noqa: E402  a neighbour of this folder
+from models import create_model  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file(
+    "settings", str(HERE.parent / "cifar10_st3.py"), "Configuration file."
+)
+REPETITIONS = flags.DEFINE_integer("repetitions", 9, "Timed steps of each kind.")
+STEPS_PER_EPOCH = 1000
+
+
+class Step:
+    """A compiled training step and the state it works on."""
+
+    def __init__(self, config: ml_collections.ConfigDict, method: str):
+        """Compiles the step of one method, in the middle of its ramp."""
+        config = ml_collections.ConfigDict(config)
+        config.sparsity.method = method
+        size, channels = config.data.image_size, len(config.data.mean)
+        state = train.create_train_state(
+            ml_collections.FrozenConfigDict(config),
+            create_model(config, 10),
+            channels,
+            STEPS_PER_EPOCH,
+        )
+        if method != "none":
+            middle = (config.sparsity.begin_epoch + config.sparsity.end_epoch) / 2
+            count = jnp.array(round(middle * STEPS_PER_EPOCH), jnp.int32)
+            state = state.replace(opt_state=state.opt_state._replace(count=count))
+        rng = np.random.default_rng(0)
+        shape = (1, config.batch_size, size, size, channels)
+        self.batch = {
+            "image": rng.integers(0, 256, shape, np.uint8),
+            "label": rng.integers(0, 10, shape[:2], np.int32),
+        }
+        self.state = jax_utils.replicate(state, axis_name=train.BATCH_AXIS)
+        frozen = ml_collections.FrozenConfigDict(config)
+        step = jax.pmap(
+            lambda state, batch: train.train_step(state, batch, frozen),
+            train.BATCH_AXIS,
+            donate_argnums=0,
+        )
+        self.run = step.lower(self.state, self.batch).compile()
+        memory: Any = self.run.memory_analysis()
+        self.memory = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+    def seconds(self) -> float:
+        """Wall time of one step."""
+        start = time.perf_counter()
+        self.state, _ = self.run(self.state, self.batch)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - start
+
+
+def main(argv: list[str]) -> None:
+    """Times both steps and prints the ratios."""
+    del argv
+    steps = {method: Step(CONFIG.value, method) for method in ("none", "st3")}
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    for turn in range(REPETITIONS.value + 2):
+        for method, step in steps.items():
+            taken = step.seconds()
+            if turn >= 2:  # the first threshold has nothing to start from
+                times[method].append(taken)
+    dense, sparse = (np.array(times[method]) for method in ("none", "st3"))
+    weights = st3jax.summary(steps["st3"].state.params).weights
+    print(f"{weights:,} kernel weights, batch {CONFIG.value.batch_size}")
+    print(f"dense step {1e3 * np.median(dense):.0f} ms, median of {len(dense)}")
+    print(f"ST-3 step / dense step, median of pairs: {np.median(sparse / dense):.3f}")
+    memory = steps["st3"].memory / steps["none"].memory
+    print(f"ST-3 memory / dense memory, as compiled: {memory:.3f}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    app.run(main)
