@@ -57,6 +57,15 @@ def finalize(model: M, optimizer: nnx.Optimizer[M]) -> M:
 
     Raises:
         ValueError: As :func:`sparsify`.
+
+    Example:
+        >>> import optax, st3jax
+        >>> model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        >>> tx = st3jax.st3(optax.sgd(0.1), sparsity=0.5)
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> _ = optimizer.update(model, nnx.state(model, nnx.Param))
+        >>> int((finalize(model, optimizer).kernel[...] == 0).sum())
+        8
     """
     graphdef, state = nnx.split(sparsify(model, optimizer))
     return nnx.merge(graphdef, jax.tree.map(jax.numpy.copy, state))

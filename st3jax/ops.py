@@ -29,6 +29,12 @@ __all__ = [
 def smallest_kept(dtype: jnp.dtype) -> float:
     """The least magnitude of a kept weight, so that only zeroed weights are zero.
 
+    Args:
+        dtype: A floating-point dtype.
+
+    Returns:
+        A positive number that survives rescaling and flushing of subnormal numbers.
+
     Example:
         >>> smallest_kept(jnp.dtype(jnp.float16))
         5.960464477539063e-08

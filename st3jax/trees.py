@@ -179,12 +179,21 @@ def is_boxed(node: Any) -> bool:
 
     Values per leaf are scalars and stay out of the box: its metadata, such as the axes
     that the array is sharded over, would not fit them.
+
+    Example:
+        >>> is_boxed(nnx.Param(jnp.ones(3))), is_boxed(jnp.ones(3))
+        (True, False)
     """
     return isinstance(node, meta.AxisMetadata | nnx.Variable)
 
 
 def is_masked(node: Any) -> bool:
-    """Whether a node stands in the place of what is not prunable."""
+    """Whether a node stands in the place of what is not prunable.
+
+    Example:
+        >>> is_masked(optax.MaskedNode())
+        True
+    """
     return isinstance(node, optax.MaskedNode)
 
 
@@ -192,6 +201,11 @@ def map_where_prunable(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
     """Maps ``fn(value, *leaves)`` over a tree of per-leaf values and whole trees.
 
     Where the value is a ``MaskedNode``, the first tree's part stays as it is.
+
+    Example:
+        >>> values = {"bias": optax.MaskedNode(), "kernel": 2.0}
+        >>> map_where_prunable(lambda v, w: v * w, values, {"bias": 1.0, "kernel": 3.0})
+        {'bias': 1.0, 'kernel': 6.0}
     """
 
     def visit(value: Any, first: Any, *rest: Any) -> Any:
@@ -212,6 +226,9 @@ def check_same_structure(values: Any, params: Any) -> None:
 
     Raises:
         ValueError: With a path that only one of the two has.
+
+    Example:
+        >>> check_same_structure({"kernel": 0.5}, {"kernel": jnp.ones(3)})
     """
 
     def fits(value: Any, part: Any) -> bool:

@@ -218,7 +218,9 @@ def test_the_threshold_belongs_to_the_weights_after_the_step(jit_what, wrap):
     update = jax.jit(tx.update) if jit_what == "update" else tx.update
     if jit_what == "vmapped update":
         vmapped = jax.jit(jax.vmap(tx.update))
-        update = lambda *args: pick(vmapped(*stack(args, 1)), 0)  # noqa: E731
+
+        def update(*args):
+            return pick(vmapped(*stack(args, 1)), 0)
 
     def step(params, opt_state, grads):
         updates, opt_state = update(grads, opt_state, params)

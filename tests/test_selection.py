@@ -241,10 +241,11 @@ def test_threshold_works_under_vmap():
     tree = {"a": rng.normal(size=(3, 4, 2)), "b": rng.normal(size=(3, 7))}
     tree = jax.tree.map(np.float32, tree)
     fractions = np.array([0.1, 0.5, 0.9], np.float32)
-    single = [
-        select(jax.tree.map(lambda x: x[i], tree), fractions[i])  # noqa: B023
-        for i in range(3)
-    ]
+
+    def part(i):
+        return jax.tree.map(lambda x: x[i], tree)
+
+    single = [select(part(i), fractions[i]) for i in range(3)]
     np.testing.assert_array_equal(jax.vmap(threshold)(tree, fractions), single)
     first = jax.tree.map(lambda x: x[0], tree)
     np.testing.assert_array_equal(

@@ -54,7 +54,7 @@ class Scanned(nn.Module):
     """Three dense layers as one, with a bias of two axes."""
 
     @nn.compact
-    def __call__(self, x):  # noqa: D102
+    def __call__(self, x):
         layers = nn.scan(
             lambda layer, x, _: (layer(x), None),
             variable_axes={"params": 0},
