@@ -126,6 +126,16 @@ def test_trajectory(name):
             kept = expected != 0 if step >= fixed else np.ones_like(expected, bool)
             raw_expected = record[f"step{step}/raw/{layer}"]
             np.testing.assert_allclose(w[kept], raw_expected[kept], **close)
+            if step >= fixed:
+                continue
+            t = state.thresholds[layer]["kernel"]
+            layer_threshold = record[f"step{step}/layer_threshold/{layer}"]
+            np.testing.assert_allclose(t, layer_threshold, **close)
+            if meta["rescale"]:
+                scale = st3jax.ops.channel_scale(w, t)
+                np.testing.assert_allclose(
+                    scale, record[f"step{step}/scale/{layer}"], **close
+                )
 
 
 def state_criterion(meta):
