@@ -25,10 +25,11 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
         UserError: If it cannot be written to, or holds a run of other settings.
     """
     claim = workdir / "config.json"
+    settings = config.to_json_best_effort(indent=2)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not claim.exists():
-            claim.write_text(config.to_json_best_effort(indent=2))
+            claim.write_text(settings)
         with (workdir / "metrics.jsonl").open("a"):
             pass
     except OSError as error:
@@ -36,7 +37,7 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
             f"the workdir {workdir} cannot be written to ({error.strerror}): choose "
             "another with --workdir=..."
         ) from None
-    there, here = _flat(json.loads(claim.read_text())), _flat(json.loads(_json(config)))
+    there, here = (_flat(json.loads(text)) for text in (claim.read_text(), settings))
     differing = [
         f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
@@ -47,10 +48,6 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
             f"the workdir {workdir} holds a run with other settings "
             f"({'; '.join(differing[:3])}): choose another with --workdir=..."
         )
-
-
-def _json(config: ml_collections.ConfigDict) -> str:
-    return config.to_json_best_effort()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,9 +3,9 @@
 Each round looks at a window of keys. One read turns every key into a digit of one byte,
 its level among 254 in the window; eight counts over the bytes find the level that holds
 the wanted rank. A window that is guessed well (near the threshold before, or where a
-sample says) holds it, and the next one is 254 times narrower: two rounds, about five
-reads. Guesses decide only about speed. What is known is exact: the bracket of keys
-that holds the rank, and how many keys lie below each of its ends.
+sample says) holds it, and the next one is 254 times narrower: two rounds, five to
+seven reads. Guesses decide only about speed. What is known is exact: the bracket of
+keys that holds the rank, and how many keys lie below each of its ends.
 
 Counts run over tiles with one counter a lane, since XLA on a CPU would write an array
 of all comparisons before summing them.

@@ -7,9 +7,9 @@ by counting how many scores lie below a candidate. Counts are integers, and the 
 scalars that add them up have 64 bits, whether JAX runs in 64-bit mode or not. No float
 arithmetic decides anything but the interpolation between the two neighbours.
 
-Where arrays are whole on a CPU, :mod:`st3jax.digit_search` needs about five reads of
-them; elsewhere :mod:`st3jax.bit_search` finds some bits with each read, and nothing but
-counts crosses devices.
+Where arrays are whole on a CPU, :mod:`st3jax.digit_search` needs five to seven reads
+of them; elsewhere :mod:`st3jax.bit_search` finds some bits with each read, and nothing
+but counts crosses devices.
 """
 
 from typing import Any
