@@ -11,23 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from st3jax.keys import key_dtype, score_dtype, to_key
+from st3jax.tally import Tally
 
-__all__ = ["neighbours", "total"]
-
-
-def total(
-    counts: list[jax.Array], axis_name: str | tuple[str, ...] | None
-) -> jax.Array:
-    """The sum of int32 counts over leaves and over devices, int64 of their shape."""
-    summed = jnp.stack(counts).astype(jnp.int64).sum(0)
-    return summed if axis_name is None else lax.psum(summed, axis_name)
+__all__ = ["neighbours"]
 
 
 def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
+    tally: Tally,
     *,
-    axis_name: str | tuple[str, ...] | None = None,
     bits_per_read: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1`` (0-based) among all leaves.
@@ -36,8 +29,8 @@ def neighbours(
 
     Args:
         leaves: Arrays whose magnitudes count; all float64 or none.
-        rank: int64 [], at least 0 and less than the number of elements.
-        axis_name: Axes of ``shard_map`` that the leaves are sharded over.
+        rank: int64 [], at least 0 and less than the size of the tally.
+        tally: How the counts of the leaves add up.
         bits_per_read: Bits found with one read, at ``2**bits - 1`` comparisons for each
             element.
 
@@ -53,12 +46,11 @@ def neighbours(
         # Tied to the turn, or the keys of all leaves would be computed before the loop
         # and kept: as much memory again as the arrays.
         held, _ = lax.optimization_barrier((leaves, turn))
-        return total(
+        return tally.total(
             [
-                jnp.stack([jnp.sum(key < c, dtype=jnp.int32) for c in candidates])
+                jnp.stack([count(key < c) for c in candidates])
                 for key in map(to_key, held)
-            ],
-            axis_name,
+            ]
         )
 
     def find_digit(turn: jax.Array, low: jax.Array) -> jax.Array:
@@ -75,9 +67,12 @@ def neighbours(
     low = lax.fori_loop(1, reads, find_digit, low)
     top = jnp.iinfo(integer).max
     above = [jnp.min(k, initial=top, where=k > low) for k in map(to_key, leaves)]
-    high = jnp.min(jnp.stack(above))
-    high = high if axis_name is None else lax.pmin(high, axis_name)
-    up_to = total(
-        [jnp.sum(to_key(x) <= low, dtype=jnp.int32) for x in leaves], axis_name
-    )
+    high = tally.least(above)
+    up_to = tally.total([count(to_key(x) <= low) for x in leaves])
     return low, jnp.where((up_to > rank + 1) | (high == top), low, high)
+
+
+def count(chosen: jax.Array) -> jax.Array:
+    """How many elements are true, int32 [] unless that could overflow."""
+    few = chosen.size <= jnp.iinfo(jnp.int32).max
+    return jnp.sum(chosen, dtype=jnp.int32 if few else jnp.int64)

@@ -8,6 +8,7 @@ import numpy as np
 
 __all__ = [
     "check_choice",
+    "check_cost",
     "check_fraction",
     "check_positive",
     "check_steps",
@@ -115,6 +116,33 @@ def check_positive(value: Any, name: str) -> None:
         raise TypeError(f"{name} is a number above 0, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is a number above 0, got {value}")
+
+
+def check_cost(value: Any, name: str = "a cost") -> int:
+    """The value as an integer, if it is a whole number of 0 or more.
+
+    Args:
+        value: What the user passed.
+        name: What the user calls it, for the message.
+
+    Returns:
+        The same number, exactly.
+
+    Raises:
+        TypeError: If it is not a whole number, or only known while a program runs.
+        ValueError: If it is negative.
+
+    Example:
+        >>> check_cost(-3)
+        Traceback (most recent call last):
+        ValueError: a cost is a whole number, 0 or more, got -3
+    """
+    whole = is_concrete(value) and _is_real(value) and math.isfinite(value)
+    if not whole or value != int(value):
+        raise TypeError(f"{name} is a whole number, 0 or more, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} is a whole number, 0 or more, got {value}")
+    return int(value)
 
 
 def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:

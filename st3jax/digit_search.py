@@ -11,6 +11,7 @@ Counts run over tiles with one counter a lane, since XLA on a CPU would write an
 of all comparisons before summing them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from st3jax.bit_search import total
 from st3jax.keys import to_key
+from st3jax.tally import Tally
 
 __all__ = ["neighbours"]
 
@@ -28,7 +29,6 @@ TILE = 8192  # elements counted at a time, one counter each
 FLUSH = 127  # tiles until a counter of one byte could overflow
 SAMPLE = 65_536  # elements looked at for the first guess
 SMOOTH = 1 << 18  # in brackets up to this width, keys are taken to lie evenly
-AxisName = str | tuple[str, ...] | None
 
 
 class Bracket(NamedTuple):
@@ -65,9 +65,9 @@ def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
     near: jax.Array,
+    tally: Tally,
     *,
     margin: int,
-    axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1`` (0-based) among all leaves.
 
@@ -75,20 +75,24 @@ def neighbours(
 
     Args:
         leaves: Arrays whose magnitudes count, none of them float64.
-        rank: int64 [], at least 0 and less than the number of elements.
+        rank: int64 [], at least 0 and less than the size of the tally.
         near: float32 [], a threshold that may be close; not above 0 if there is none.
+        tally: How the counts of the leaves add up.
         margin: How far from it to look, in keys.
-        axis_name: Axes of ``shard_map`` that the leaves are sharded over.
 
     Returns:
         Two scalar keys; at the last rank, the second is the first again.
     """
-    size = total([jnp.array(leaf.size, jnp.int32) for leaf in leaves], axis_name)
+    size = jnp.array(tally.size(leaves), jnp.int64)
     top = to_key(jnp.array(jnp.nan, jnp.float32)) + 1
     zero = jnp.zeros_like(size)
     bracket = Bracket(jnp.zeros_like(top), top, zero, size)
     around = to_key(near)
     guess = Guess(around - margin, around + margin, near > 0)
+
+    mean_cost = tally.size(leaves) / tally._replace(costs=(1,) * len(leaves)).size(
+        leaves
+    )
 
     def unfinished(carry: Any) -> jax.Array:
         bracket, *_ = carry
@@ -100,11 +104,12 @@ def neighbours(
         sample = wide & ~guess.good & ~sampled
         guess = lax.cond(
             sample,
-            lambda: _sampled(leaves, rank, size, axis_name),
+            lambda: _sampled(leaves, rank / size, tally),
             lambda: guess,
         )
-        bracket, missed, after = _narrow(leaves, rank, bracket, guess, axis_name)
-        return bracket, _next(rank, bracket, missed), sampled | sample, after
+        bracket, missed, after = _narrow(leaves, rank, bracket, guess, tally)
+        guess = _next(rank, bracket, missed, mean_cost)
+        return bracket, guess, sampled | sample, after
 
     start = (bracket, guess, jnp.zeros([], bool), -jnp.ones_like(top))
     bracket, _, _, after = lax.while_loop(unfinished, look, start)
@@ -112,18 +117,11 @@ def neighbours(
     tied = (bracket.below_high > rank + 1) | (rank + 1 == size)
 
     def search_all() -> jax.Array:
-        return _least(
-            [_least_above(x.reshape(-1), low, to_key) for x in leaves], axis_name
-        )
+        return tally.least([_least_above(x.reshape(-1), low, to_key) for x in leaves])
 
     # Seldom: no other key within 254 of this one.
     after = lax.cond(tied | (after >= 0), lambda: after, search_all)
     return low, jnp.where(tied, low, after)
-
-
-def _least(keys: list[jax.Array], axis_name: AxisName) -> jax.Array:
-    least = jnp.min(jnp.stack(keys))
-    return least if axis_name is None else lax.pmin(least, axis_name)
 
 
 def _narrow(
@@ -131,7 +129,7 @@ def _narrow(
     rank: jax.Array,
     bracket: Bracket,
     guess: Guess,
-    axis_name: AxisName,
+    tally: Tally,
 ) -> tuple[Bracket, jax.Array, jax.Array]:
     """One round: a narrower bracket, whether the guess missed, the key that follows.
 
@@ -150,9 +148,8 @@ def _narrow(
     def set_bit(i: jax.Array, found: Any) -> Any:
         digit, below, above = found
         candidate = digit + (128 >> i)
-        count = total(
-            [_count_below(d, candidate.astype(jnp.int8)) for d in digits], axis_name
-        )
+        bound = candidate.astype(jnp.int8)
+        count = tally.total([_count_below(d, bound) for d in digits])
         up = count <= rank
         return (
             jnp.where(up, candidate, digit),
@@ -173,7 +170,7 @@ def _narrow(
 
     def following() -> jax.Array:
         bound = digit.astype(jnp.int8)
-        least = _least([_least_above(d, bound) for d in digits], axis_name)
+        least = tally.least([_least_above(d, bound) for d in digits])
         next_digit = least.astype(jnp.int32)
         return jnp.where(next_digit < 127, start + next_digit + 127, -1)
 
@@ -182,12 +179,14 @@ def _narrow(
     return Bracket(low, high, below, above), under | over, after
 
 
-def _next(rank: jax.Array, bracket: Bracket, missed: jax.Array) -> Guess:
+def _next(
+    rank: jax.Array, bracket: Bracket, missed: jax.Array, mean_cost: float
+) -> Guess:
     """Where the rank should be if the keys of a narrow bracket lie evenly in it."""
     width = bracket.high - bracket.low
     inside = (bracket.below_high - bracket.below_low).astype(jnp.float64)
     share = (rank - bracket.below_low).astype(jnp.float64) / inside
-    slack = 2 * width / jnp.sqrt(inside) + 2
+    slack = 2 * width / jnp.sqrt(inside / mean_cost) + 2
     start = jnp.maximum(share * width - slack, 0).astype(jnp.int32)
     stop = jnp.minimum(share * width + slack, width).astype(jnp.int32) + 1
     even = ~missed & (width > LEVELS) & (width <= SMOOTH)
@@ -198,26 +197,41 @@ def _next(rank: jax.Array, bracket: Bracket, missed: jax.Array) -> Guess:
     )
 
 
-def _sampled(
-    leaves: list[jax.Array], rank: jax.Array, size: jax.Array, axis_name: AxisName
-) -> Guess:
-    """Where the rank is, by a sample: four standard deviations to both sides."""
+def _sampled(leaves: list[jax.Array], share: jax.Array, tally: Tally) -> Guess:
+    """Where a share of all is below, by a sample: four standard deviations each way."""
     local = sum(leaf.size for leaf in leaves)
     stride = max(1, local // SAMPLE) | 1  # odd, to be out of step with the channels
     picked = [
         leaf.reshape(-1)[stride // 2 % max(leaf.size, 1) :: stride] for leaf in leaves
     ]
     keys = to_key(jnp.concatenate(picked))
-    drawn = total([jnp.array(keys.size, jnp.int32)], axis_name)
-    share = (rank + 0.5) / size
-    spread = 4 * jnp.sqrt(jnp.maximum(share * (1 - share), 1e-6) * drawn) + 1
-    ranks = jnp.stack([share * drawn - spread, share * drawn + spread])
+    everywhere = tuple(sorted({axis for axes in tally.axes for axis in axes}))
+
+    def weight(cost: int, axes: tuple[str, ...]) -> float:
+        """Relative to the highest cost, and to the copies that are counted with it."""
+        copies = math.prod(lax.axis_size(a) for a in everywhere if a not in axes)
+        return cost / max(tally.costs) / copies
+
+    weights = jnp.concatenate(
+        [
+            jnp.full(part.size, weight(cost, axes), jnp.float32)
+            for part, cost, axes in zip(picked, tally.costs, tally.axes, strict=True)
+        ]
+    )
+
+    def drawn(weights: jax.Array) -> jax.Array:
+        mass = jnp.sum(weights)
+        return lax.psum(mass, everywhere) if everywhere else mass
+
+    share = share.astype(jnp.float32)
+    spread = 4 * jnp.sqrt(jnp.maximum(share * (1 - share), 1e-6) * drawn(weights**2))
+    spread += 1
+    bounds = share * drawn(weights) + jnp.stack([-spread, spread])
 
     def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         candidates = found | (jnp.int32(1) << (30 - i))
-        below = [jnp.sum(keys < c, dtype=jnp.int32) for c in candidates]
-        up = total([jnp.stack(below)], axis_name) <= ranks
-        return jnp.where(up, candidates, found)
+        below = [drawn(jnp.where(keys < c, weights, 0)) for c in candidates]
+        return jnp.where(jnp.stack(below) <= bounds, candidates, found)
 
     start, stop = lax.fori_loop(0, 31, set_bit, jnp.zeros(2, jnp.int32))
     # Past all keys, the highest number has been found: one more would overflow.
@@ -232,7 +246,7 @@ def _digits(leaf: jax.Array, start: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _count_below(digits: jax.Array, digit: jax.Array) -> jax.Array:
-    """How many digits are below one, int32 []."""
+    """How many digits are below one, int32 [] or int64 []."""
     tiles = digits.size // TILE
 
     def add(i: jax.Array, counts: jax.Array) -> jax.Array:
@@ -248,7 +262,7 @@ def _count_below(digits: jax.Array, digit: jax.Array) -> jax.Array:
     if not tiles:
         return rest
     counts = lax.fori_loop(0, -(-tiles // FLUSH), add_tiles, jnp.zeros(TILE, jnp.int32))
-    return rest + jnp.sum(counts, dtype=jnp.int32)
+    return rest + jnp.sum(counts, dtype=jnp.int64)
 
 
 def _least_above(

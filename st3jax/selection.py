@@ -12,6 +12,7 @@ of them; elsewhere :mod:`st3jax.bit_search` finds some bits with each read, and 
 but counts crosses devices.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from st3jax import bit_search, digit_search
-from st3jax.checks import check_fraction
+from st3jax.checks import check_cost, check_fraction
 from st3jax.keys import from_key, score_dtype, to_key
+from st3jax.tally import AxisName, Tally, sharded_over
 
 __all__ = ["threshold"]
 
@@ -30,6 +32,8 @@ MARGIN = 1 << 16
 """How far a threshold is taken to move between two steps, in keys: about 0.5 %."""
 BITS_PER_READ = 3
 """On accelerators, where comparisons hide behind the reads."""
+MOST = 1 << 53
+"""The position among so many is computed in float64, exact to one."""
 
 
 def threshold(
@@ -37,7 +41,8 @@ def threshold(
     fraction: jax.typing.ArrayLike,
     *,
     near: jax.typing.ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    costs: Any = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     r"""The quantile of all scores together, exact for any number of them.
 
@@ -53,6 +58,10 @@ def threshold(
     such that it never reaches :math:`a_{\lfloor p \rfloor + 1}`. Scores equal to
     :math:`a_{\lfloor p \rfloor}` (ties) are pruned together.
 
+    With costs, every score counts as many times as it costs: :math:`n` is the sum of
+    all costs, and pruning the scores ``<= t`` removes at least
+    :math:`\lfloor p \rfloor + 1` of it, with no score that could have been left.
+
     Args:
         scores: Pytree of arrays of any shapes and floating-point dtypes, weights or
             scores: only magnitudes count. NaN sorts above infinity.
@@ -60,33 +69,45 @@ def threshold(
             float64.
         near: Scalar that the threshold may be close to, such as the one a step before.
             It changes the time taken, never the result.
-        axis_name: Axes of ``shard_map`` that the scores are sharded over, if any: the
-            threshold is then that of the shards of all devices together.
+        costs: Pytree of whole numbers in the structure of ``scores``: what one score of
+            each leaf counts for, such as its multiply-adds; 1 by default. Only their
+            ratios matter.
+        axis_name: Axes of ``shard_map`` that scores are sharded over, if any: the
+            threshold is then that of the shards of all devices together. A leaf that
+            is the same along such an axis counts once, unless ``check_vma=False``.
 
     Returns:
         Scalar threshold, float64 if a leaf is float64 and float32 otherwise. NaN if
         the order statistic itself is NaN.
 
     Raises:
-        ValueError: If there is no score, or ``fraction`` is not in [0, 1].
-        TypeError: If a leaf is not of a floating-point dtype.
+        ValueError: If there is no score, ``fraction`` is not in [0, 1], or costs are
+            negative, all zero or add up to more than 2**53.
+        TypeError: If a leaf is not of a floating-point dtype, or a cost not a whole
+            number.
 
     Example:
         >>> scores = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([[2.0], [-4.0]])}
         >>> threshold(scores, 0.5).item()
         2.5
+        >>> threshold(scores, 0.5, costs={"a": 1, "b": 10}).item()  # 1 + 10 of 22
+        2.0
 
     References:
         The threshold rule of arXiv:2212.01076, section 3.
     """
     check_fraction(fraction, "fraction")
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
-    n = sum(leaf.size for leaf in leaves)
-    if axis_name is not None:
-        n *= lax.axis_size(axis_name)
-    if n == 0:
+    leaves, costs = _leaves_and_costs(scores, costs)
+    if not sum(leaf.size for leaf in leaves):
         raise ValueError(
             "there is no score to select a threshold from: scores are empty"
+        )
+    tally = Tally(costs, tuple(sharded_over(leaf, axis_name) for leaf in leaves))
+    size = tally.size(leaves)
+    if size > MOST:
+        raise ValueError(
+            f"the costs of all scores add up to {size}, more than 2**53, the most that "
+            "can be counted: give them in larger units"
         )
     dtype = score_dtype(*(leaf.dtype for leaf in leaves))
     if dtype == jnp.float64:
@@ -94,30 +115,41 @@ def threshold(
     near = jnp.asarray(-1 if near is None else near, dtype)
     with jax.enable_x64(True):
         fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
-        position = fraction * (n - 1)
+        position = fraction * (size - 1)
         rank = jnp.floor(position)
-        low, high = _neighbours(leaves, rank.astype(jnp.int64), near, axis_name)
+        low, high = _neighbours(leaves, rank.astype(jnp.int64), near, tally)
         gap = (position - rank).astype(dtype)
     return _interpolate(low, high, gap)
 
 
+def _leaves_and_costs(
+    scores: Any, costs: Any
+) -> tuple[list[jax.Array], tuple[int, ...]]:
+    """The leaves that count at all and what each of their elements counts for."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
+    if costs is None:
+        return leaves, (1,) * len(leaves)
+    each = jax.tree.leaves(
+        jax.tree.map(lambda _, cost: check_cost(cost), scores, costs)
+    )
+    unit = math.gcd(*each) or 1
+    counted = [(x, c // unit) for x, c in zip(leaves, each, strict=True) if c]
+    return [x for x, _ in counted], tuple(c for _, c in counted)
+
+
 def _neighbours(
-    leaves: list[jax.Array], rank: jax.Array, near: jax.Array, axis_name: Any
+    leaves: list[jax.Array], rank: jax.Array, near: jax.Array, tally: Tally
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
 
     def by_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return bit_search.neighbours(leaves, rank, axis_name=axis_name)
+        return bit_search.neighbours(leaves, rank, tally)
 
     def by_many_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return bit_search.neighbours(
-            leaves, rank, axis_name=axis_name, bits_per_read=BITS_PER_READ
-        )
+        return bit_search.neighbours(leaves, rank, tally, bits_per_read=BITS_PER_READ)
 
     def by_digits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return digit_search.neighbours(
-            leaves, rank, near, margin=MARGIN, axis_name=axis_name
-        )
+        return digit_search.neighbours(leaves, rank, near, tally, margin=MARGIN)
 
     few = sum(leaf.size for leaf in leaves) <= FEW
     whole = _are_whole() and near.dtype == jnp.float32

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from st3jax import bit_search, digit_search
 from st3jax.keys import from_key, to_key
 from st3jax.selection import threshold
+from st3jax.tally import Tally
 
 N = 300_000  # enough for a sample to be taken
 RANKS = (0, 1, N // 2, int(0.9 * N), N - 2, N - 1)
@@ -48,9 +49,14 @@ SEARCHES = {
     "a bit": functools.partial(bit_search.neighbours, bits_per_read=1),
     "three bits": functools.partial(bit_search.neighbours, bits_per_read=3),
     "five bits": functools.partial(bit_search.neighbours, bits_per_read=5),
-    "digits": lambda leaves, rank, near=-1.0: digit_search.neighbours(
-        leaves, rank, jnp.float32(near), margin=MARGIN
+    "digits": lambda leaves, rank, tally, near=-1.0: digit_search.neighbours(
+        leaves, rank, jnp.float32(near), tally, margin=MARGIN
     ),
+}
+COSTS = {  # of the four leaves
+    "of layers": (5, 7, 49, 12_544),
+    "far apart": (1, 3, 1_000_003, 2),
+    "huge": (1, 1, 9_007, 1 << 34),
 }
 
 
@@ -64,11 +70,12 @@ def in_leaves(x):
     ]
 
 
-def search(name):
+def search(name, costs=None):
     @jax.jit
     def found(leaves, rank, *near):
+        tally = Tally(costs or (1,) * len(leaves), ((),) * len(leaves))
         with jax.enable_x64(True):
-            return SEARCHES[name](leaves, rank.astype(jnp.int64), *near)
+            return SEARCHES[name](leaves, rank.astype(jnp.int64), tally, *near)
 
     return found
 
@@ -86,6 +93,25 @@ def test_a_search_finds_what_sorting_finds(name):
             low, high = found(in_leaves(x), np.int32(rank))
             expected = keys[rank], keys[min(rank + 1, N - 1)]
             assert (int(low), int(high)) == expected, (label, rank)
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_finds_what_sorting_finds_with_every_key_as_often_as_it_costs(
+    name, costs
+):
+    found = search(name, COSTS[costs])
+    each = np.repeat(COSTS[costs], [leaf.size for leaf in in_leaves(normal)])
+    for label, x in ARRAYS.items():
+        order = np.argsort(np.asarray(to_key(x)), kind="stable")
+        keys, up_to = np.asarray(to_key(x))[order], np.cumsum(each[order])
+        for share in (0.0, 0.1, 0.5, 0.9, 0.999, 1.0):
+            rank = int(share * (int(up_to[-1]) - 1))
+            after = min(rank + 1, int(up_to[-1]) - 1)
+            with jax.enable_x64(True):
+                pair = found(in_leaves(x), np.int64(rank))
+            low, high = np.searchsorted(up_to, [rank, after], side="right")
+            assert tuple(map(int, pair)) == (keys[low], keys[high]), (label, share)
 
 
 def test_a_hint_changes_nothing_but_the_time():
