@@ -1,13 +1,14 @@
 """One-shot pruning: exact global magnitude pruning of any pytree, no training loop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from st3jax import ops
-from st3jax.checks import check_fraction
-from st3jax.keys import is_positive
+from st3jax.budgets import Costs
+from st3jax.patterns import weight_thresholds
+from st3jax.rules import check_final_sparsity, make_rule
 from st3jax.thresholds import leaf_thresholds
 from st3jax.trees import Prunable, is_kernel, map_where_prunable
 
@@ -16,12 +17,17 @@ __all__ = ["prune"]
 
 def prune(
     params: Any,
-    sparsity: jax.typing.ArrayLike,
+    sparsity: jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike],
     *,
     criterion: str = "l1",
+    distribution: str = "global",
+    budget: str = "weights",
+    costs: Costs | None = None,
+    pattern: str | None = None,
+    block_shape: tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
 ) -> Any:
-    r"""Sets the smallest weights of all layers together to zero.
+    r"""Sets the smallest weights to zero, by default those of all layers together.
 
     Of :math:`n` prunable weights with distinct scores, exactly
     :math:`\lfloor s (n - 1) \rfloor + 1` become zero (none for :math:`s = 0`); weights
@@ -29,35 +35,49 @@ def prune(
 
     Args:
         params: Pytree of arrays.
-        sparsity: Share of the prunable weights to be zero, in [0, 1].
+        sparsity: Share of the prunable weights to be zero, in [0, 1], or a mapping from
+            path patterns (``"*head*"``) to the shares of single layers.
         criterion: ``"l1"`` compares magnitudes, ``"l1_sigma"`` compares them relative
             to the width of their layer.
+        distribution: ``"global"``, ``"uniform"`` or ``"erk"``; see :func:`st3jax.st3`.
+        budget: ``"weights"``, or ``"multiply_adds"`` for a share of those instead.
+        costs: For ``"multiply_adds"``, from path to the multiply-adds of one weight.
+        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or ``"block"``.
+        block_shape: Shape of a block on the last axes of a leaf.
         prunable: Predicate on (path, leaf).
 
     Returns:
         Pytree of the structure, shapes and dtypes of ``params``.
 
     Raises:
-        ValueError: If ``sparsity`` is not in [0, 1] or no leaf is prunable.
+        ValueError: If an argument is out of its range, if no leaf is prunable, or if
+            costs or a pattern do not fit the leaves.
         TypeError: If a prunable leaf is not of a floating-point dtype.
 
     Example:
-        >>> params = {"kernel": jax.numpy.array([[1.0, -2.0, 3.0, -4.0]])}
-        >>> prune(params, 0.5)["kernel"].tolist()
-        [[0.0, 0.0, 3.0, -4.0]]
+        >>> params = {"kernel": jax.numpy.array([[1.0], [-2.0], [3.0], [-4.0]])}
+        >>> prune(params, 0.5)["kernel"].ravel().tolist()
+        [0.0, 0.0, 3.0, -4.0]
+        >>> prune(params, 0.5, pattern="1:2")["kernel"].ravel().tolist()
+        [0.0, -2.0, 0.0, -4.0]
 
     References:
         Section 3 of arXiv:2212.01076 for the threshold.
     """
-    check_fraction(sparsity, "sparsity")
-    thresholds = leaf_thresholds(
-        params, sparsity, criterion=criterion, prunable=prunable
+    rule = make_rule(
+        criterion=criterion,
+        distribution=distribution,
+        budget=budget,
+        costs=costs,
+        pattern=pattern,
+        block_shape=block_shape,
+        prunable=prunable,
+        axis_name=None,
     )
+    check_final_sparsity(rule, sparsity)
 
-    with jax.enable_x64(True):
-        asked = is_positive(jnp.asarray(sparsity, jnp.float64))
+    def hard(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
+        return ops.hard_threshold(w, weight_thresholds(rule.pattern, path, w, t))
 
-    def hard(t: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.where(asked, ops.hard_threshold(w, t), w)
-
+    thresholds = leaf_thresholds(params, sparsity, rule)
     return map_where_prunable(hard, thresholds, params)

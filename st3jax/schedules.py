@@ -1,12 +1,31 @@
 """How the asked sparsity grows over training: a ramp is an ordinary Optax schedule."""
 
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_positive, check_steps
 
-__all__ = ["polynomial_ramp"]
+__all__ = ["Sparsity", "at_step", "polynomial_ramp"]
+
+Sparsity: TypeAlias = float | optax.Schedule | Mapping[str, float | optax.Schedule]
+"""A fraction, a schedule of fractions, or one of them for each path pattern."""
+
+
+def at_step(sparsity: Sparsity, count: jax.typing.ArrayLike) -> Any:
+    """The sparsity after ``count`` completed steps, or that of each path pattern.
+
+    Example:
+        >>> ramp = polynomial_ramp(0.8, begin=0, end=2, power=1)
+        >>> {k: float(v) for k, v in at_step({"head/*": 0.5, "*": ramp}, 1).items()}
+        {'head/*': 0.5, '*': 0.4000000059604645}
+    """
+    if isinstance(sparsity, Mapping):
+        return {pattern: at_step(s, count) for pattern, s in sparsity.items()}
+    return sparsity(count) if callable(sparsity) else sparsity
 
 
 def polynomial_ramp(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from st3jax.checks import check_choice
 from st3jax.keys import from_key, key_dtype, score_dtype, to_key
 
-__all__ = ["CRITERIA", "score_factor", "scores", "weight_threshold"]
+__all__ = ["CRITERIA", "scaled", "score_factor", "scores", "weight_threshold"]
 
 CRITERIA = ("l1", "l1_sigma")
 
@@ -62,7 +62,23 @@ def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
     """
     w = jnp.asarray(w)
     size = jnp.abs(w.astype(score_dtype(w.dtype)))
-    factor = score_factor(criterion, w.shape)
+    return scaled(size, score_factor(criterion, w.shape))
+
+
+def scaled(size: jax.Array, factor: float) -> jax.Array:
+    """Magnitudes times a factor, subnormal numbers being zero on every platform.
+
+    Args:
+        size: Magnitudes, float32 or float64.
+        factor: Positive factor.
+
+    Returns:
+        Array of the shape and dtype of ``size``.
+
+    Example:
+        >>> scaled(jnp.array([1.0, 1e-40]), 2.0).tolist()
+        [2.0, 0.0]
+    """
     if factor == 1.0:
         return size
     least = jnp.asarray(jnp.finfo(size.dtype).smallest_normal, size.dtype)

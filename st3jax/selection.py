@@ -90,7 +90,7 @@ def threshold(
         >>> scores = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([[2.0], [-4.0]])}
         >>> threshold(scores, 0.5).item()
         2.5
-        >>> threshold(scores, 0.5, costs={"a": 1, "b": 10}).item()  # 1 + 10 of 22
+        >>> threshold(scores, 0.4, costs={"a": 1, "b": 10}).item()  # 11 of 22
         2.0
 
     References:

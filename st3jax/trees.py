@@ -5,57 +5,46 @@ an ``optax.MaskedNode`` in the place of every leaf that is not prunable.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, struct
 from flax.core import meta
 
 __all__ = [
-    "Off",
-    "On",
     "Prunable",
-    "Switch",
+    "Static",
     "check_same_structure",
     "is_kernel",
     "map_prunable",
     "named_leaves",
     "path_name",
     "prunable_leaves",
-    "switch",
 ]
 
 Prunable = Callable[[str, Any], bool]
 """Predicate on a leaf's path (names joined by ``/``) and the leaf itself."""
 
 
-class On(NamedTuple):
-    """A static ``True``: part of a pytree's structure, not one of its leaves."""
+@struct.dataclass
+class Static:
+    """A value that a state carries as part of its structure, not as one of its leaves.
 
-    def __bool__(self) -> bool:
-        return True
+    Under ``jit`` it stays what it is, and two states with other values are of other
+    types.
 
-
-class Off(NamedTuple):
-    """A static ``False``: part of a pytree's structure, not one of its leaves."""
-
-    def __bool__(self) -> bool:
-        return False
-
-
-Switch = On | Off
-
-
-def switch(value: bool) -> Switch:
-    """A boolean that a state can carry through ``jit`` without making it a tracer.
+    Attributes:
+        value: Hashable.
 
     Example:
-        >>> jax.tree.leaves(switch(True)), bool(switch(True)), bool(switch(False))
-        ([], True, False)
+        >>> state = (jnp.ones(3), Static("2:4"))
+        >>> len(jax.tree.leaves(state)), jax.jit(lambda state: state)(state)[1].value
+        (1, '2:4')
     """
-    return On() if value else Off()
+
+    value: Any = struct.field(pytree_node=False)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -198,22 +187,24 @@ def is_masked(node: Any) -> bool:
 
 
 def map_where_prunable(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
-    """Maps ``fn(value, *leaves)`` over a tree of per-leaf values and whole trees.
+    """Maps ``fn(path, value, *leaves)`` over per-leaf values and whole trees.
 
     Where the value is a ``MaskedNode``, the first tree's part stays as it is.
 
     Example:
         >>> values = {"bias": optax.MaskedNode(), "kernel": 2.0}
-        >>> map_where_prunable(lambda v, w: v * w, values, {"bias": 1.0, "kernel": 3.0})
+        >>> params = {"bias": 1.0, "kernel": 3.0}
+        >>> map_where_prunable(lambda path, v, w: v * w, values, params)
         {'bias': 1.0, 'kernel': 6.0}
     """
 
-    def visit(value: Any, first: Any, *rest: Any) -> Any:
+    def visit(path: tuple[Any, ...], value: Any, first: Any, *rest: Any) -> Any:
         if is_masked(value):
             return first
-        return jax.tree.map(lambda *leaves: fn(value, *leaves), first, *rest)
+        name = path_name(path)
+        return jax.tree.map(lambda *leaves: fn(name, value, *leaves), first, *rest)
 
-    return jax.tree.map(visit, values, *trees, is_leaf=is_masked)
+    return jax.tree_util.tree_map_with_path(visit, values, *trees, is_leaf=is_masked)
 
 
 def check_same_structure(values: Any, params: Any) -> None:

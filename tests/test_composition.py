@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import st3jax
 import st3jax.nnx
+from st3jax.rules import Rule
 from st3jax.thresholds import leaf_thresholds
 
 SPARSITY = 0.8
@@ -354,7 +355,7 @@ def select(params, sparsity):
     """Thresholds and pruned weights by both criteria."""
     return [
         (
-            leaf_thresholds(params, sparsity, criterion=criterion),
+            leaf_thresholds(params, sparsity, Rule(criterion)),
             st3jax.prune(params, sparsity, criterion=criterion),
         )
         for criterion in ("l1", "l1_sigma")

@@ -160,7 +160,9 @@ def test_values_stand_where_their_leaves_are():
     sizes = trees.map_prunable(lambda path, leaf: leaf.size, params)
     masked = optax.MaskedNode()
     assert sizes == [{"kernel": 6, "bias": masked}, (masked,)]
-    times = trees.map_where_prunable(lambda size, leaf: size * leaf, sizes, params)
+    times = trees.map_where_prunable(
+        lambda path, size, leaf: size * leaf, sizes, params
+    )
     assert times[0]["kernel"].tolist() == [[6, 6, 6], [6, 6, 6]]
     assert times[0]["bias"] is params[0]["bias"]
 
@@ -182,14 +184,13 @@ def test_thresholds_and_params_may_have_any_structure(container):
     assert int(st3jax.summary(sparse).zeros) >= (n - 1) // 2 + 1
 
 
-def test_a_switch_is_static():
-    for value in (True, False):
-        on = trees.switch(value)
-        assert jax.tree.leaves(on) == []
-        assert bool(jax.jit(lambda s: s)(on)) is value
-    assert jax.tree.structure(trees.switch(True)) != jax.tree.structure(
-        trees.switch(False)
-    )
+def test_a_static_value_is_part_of_the_structure():
+    for value in (True, "2:4", (16, 1)):
+        static = trees.Static(value)
+        assert jax.tree.leaves(static) == []
+        assert jax.jit(lambda s: s)(static).value == value
+    structures = {jax.tree.structure(trees.Static(value)) for value in (True, False)}
+    assert len(structures) == 2
 
 
 def test_what_is_no_kernel_is_passed_through_as_it_is():

@@ -11,27 +11,26 @@ import jax.numpy as jnp
 import optax
 
 from st3jax import ops
-from st3jax.checks import check_choice, check_fraction, check_steps, is_concrete
+from st3jax.budgets import Costs
+from st3jax.checks import check_steps
 from st3jax.keys import score_dtype
-from st3jax.scores import CRITERIA
-from st3jax.thresholds import leaf_thresholds
+from st3jax.patterns import weight_thresholds
+from st3jax.rules import check_fits, check_schedules, make_rule
+from st3jax.schedules import Sparsity, at_step
+from st3jax.tally import AxisName
+from st3jax.thresholds import OFF, leaf_thresholds
 from st3jax.trees import (
     Prunable,
-    Switch,
+    Static,
     check_same_structure,
     is_kernel,
     map_prunable,
     map_where_prunable,
     prunable_leaves,
-    switch,
 )
 from st3jax.updates import hold_mask, pin, step_onto
 
 __all__ = ["ST3State", "st3"]
-
-
-OFF = -1.0
-"""A threshold that nothing is below: none has been set yet."""
 
 
 class ST3State(NamedTuple):
@@ -43,27 +42,30 @@ class ST3State(NamedTuple):
             after fixing; ``optax.MaskedNode`` elsewhere.
         frozen: bool [], whether the mask is fixed; ``optax.MaskedNode`` if it never
             will be.
-        soft: Static switch, soft or hard threshold.
-        rescale: Static switch, whether output channels are rescaled.
+        soft: Static, whether thresholds are soft.
+        rescale: Static, whether output channels are rescaled.
+        pattern: Static, which weights live and die together.
         inner_state: State of the wrapped optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     thresholds: Any
     frozen: jax.Array | optax.MaskedNode
-    soft: Switch
-    rescale: Switch
+    soft: Static
+    rescale: Static
+    pattern: Static
     inner_state: optax.OptState
 
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`."""
 
-        def effective(t: jax.Array, w: jax.Array) -> jax.Array:
+        def effective(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
             if not isinstance(self.frozen, optax.MaskedNode):
                 w = ops.hold_zeros(w, self.frozen)
-            threshold = ops.soft_threshold if self.soft else ops.hard_threshold
+            threshold = ops.soft_threshold if self.soft.value else ops.hard_threshold
+            t = weight_thresholds(self.pattern.value, path, w, t)
             w_eff = threshold(w, t)
-            if self.rescale:
+            if self.rescale.value:
                 w_eff = ops.rescale(w_eff, ops.channel_scale(w, t))
             return w_eff
 
@@ -72,14 +74,20 @@ class ST3State(NamedTuple):
 
 def st3(
     inner: optax.GradientTransformation,
-    sparsity: float | optax.Schedule,
+    sparsity: Sparsity,
     *,
     criterion: str = "l1",
     soft: bool = True,
     rescale: bool = True,
+    distribution: str = "global",
+    budget: str = "weights",
+    costs: Costs | None = None,
+    pattern: str | None = None,
+    block_shape: tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
     update_every: int = 1,
     freeze_step: int | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that the network trains to exact sparsity with ST-3.
 
@@ -105,24 +113,40 @@ def st3(
     Args:
         inner: The optimizer that trains the raw weights.
         sparsity: Share of prunable weights to be zero, in [0, 1]: a number, or a
-            schedule such as :func:`st3jax.polynomial_ramp`.
+            schedule such as :func:`st3jax.polynomial_ramp`. A mapping from path
+            patterns (``"*head*"``, the first that matches counts) to numbers or
+            schedules gives each layer its own.
         criterion: ``"l1"`` compares magnitudes; ``"l1_sigma"`` (ST-3-sigma) compares
             them relative to the width of their layer.
         soft: Soft threshold (the method's own) or hard threshold.
         rescale: Whether each output channel is rescaled for the magnitude it lost.
+        distribution: ``"global"`` (the method's own) compares the weights of all
+            layers; ``"uniform"`` takes the same share of each layer; ``"erk"``
+            (Erdos-Renyi-kernel) takes less of small and narrow layers.
+        budget: What the sparsity is a share of: ``"weights"``, or ``"multiply_adds"``,
+            for which weights count as often as they are used.
+        costs: For ``"multiply_adds"``, from path to the multiply-adds that one weight
+            of the leaf takes part in, a whole number. Leaves that are not prunable
+            count towards the total if they are listed.
+        pattern: Which weights go together: ``None``; ``"N:M"`` such as ``"2:4"``, where
+            of every M weights along the input axis at most N are kept, and the
+            sparsity ends at ``1 - N / M``; or ``"block"``, which go by their l1 norm.
+        block_shape: For ``"block"``, the shape of a block on a leaf's last axes.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
         update_every: Steps from one threshold to the next.
         freeze_step: Number of completed steps at which the mask is fixed, not before
             the sparsity has reached its final value; never by default.
+        axis_name: Axes of ``shard_map`` that the weights are sharded over by hand.
+            Under ``jit`` and for replicated weights there is none to name.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with state :class:`ST3State`.
 
     Raises:
-        ValueError: If an argument is out of its range, if ``init`` finds no prunable
-            leaf, or if ``update`` is called without params or with others than those
-            of ``init``.
+        ValueError: If an argument is out of its range or excludes another, if ``init``
+            finds no prunable leaf or one that costs or a pattern do not fit, or if
+            ``update`` is called without params or with others than those of ``init``.
         TypeError: If a prunable leaf is not of a floating-point dtype.
 
     Example:
@@ -144,14 +168,26 @@ def st3(
         48
 
     References:
-        arXiv:2212.01076, section 3.
+        arXiv:2212.01076, section 3; arXiv:2409.09099 for continuous N:M patterns.
     """
-    _check_arguments(inner, sparsity, criterion, prunable, update_every, freeze_step)
+    rule = make_rule(
+        criterion=criterion,
+        distribution=distribution,
+        budget=budget,
+        costs=costs,
+        pattern=pattern,
+        block_shape=block_shape,
+        prunable=prunable,
+        axis_name=axis_name,
+    )
+    _check_arguments(inner, rescale, update_every, freeze_step, axis_name)
+    check_schedules(rule, sparsity, freeze_step)
     inner = optax.with_extra_args_support(inner)
 
     def init_thresholds(params: optax.Params) -> Any:
         if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
             return jnp.full([], OFF)
+        check_fits(rule, params, sparsity)
         leaves = prunable_leaves(params, prunable)
         dtype = score_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
         return map_prunable(lambda *_: jnp.full([], OFF, dtype), params, prunable)
@@ -161,8 +197,9 @@ def st3(
             count=jnp.zeros([], jnp.int32),
             thresholds=init_thresholds(params),
             frozen=optax.MaskedNode() if freeze_step is None else jnp.zeros([], bool),
-            soft=switch(soft),
-            rescale=switch(rescale),
+            soft=Static(bool(soft)),
+            rescale=Static(bool(rescale)),
+            pattern=Static(rule.pattern),
             inner_state=inner.init(params),
         )
 
@@ -172,16 +209,14 @@ def st3(
         if freeze_step is not None:
             due = (due | (count == freeze_step)) & (count <= freeze_step)
         with jax.enable_x64(True):  # s(c) in float64, as exact as its count
-            s = sparsity(count.astype(jnp.int64)) if callable(sparsity) else sparsity
-            s = jnp.asarray(s, jnp.float64)
-            asked = s > 0
+            s = at_step(sparsity, count.astype(jnp.int64))
+            s = jax.tree.map(lambda s: jnp.asarray(s, jnp.float64), s)
+            asked = jnp.any(jnp.stack(jax.tree.leaves(s)) > 0)
         # Compare what the next step will see, to the last bit.
         params = jax.lax.optimization_barrier(params)
         return jax.lax.cond(
             due & asked,
-            lambda: leaf_thresholds(
-                params, s, criterion=criterion, prunable=prunable, near=thresholds
-            ),
+            lambda: leaf_thresholds(params, s, rule, near=thresholds),
             lambda: jax.tree.map(lambda t: jnp.where(due, OFF, t), thresholds),
         )
 
@@ -203,13 +238,13 @@ def st3(
         count = optax.safe_increment(state.count)
         if freeze_step is not None:
             updates = map_where_prunable(
-                lambda _, u, w: hold_mask(w, u, state.frozen),
+                lambda path, t, u, w: hold_mask(w, u, state.frozen),
                 state.thresholds,
                 updates,
                 params,
             )
         updates = map_where_prunable(
-            lambda _, u: pin(u, state.count), state.thresholds, updates
+            lambda path, t, u: pin(u, state.count), state.thresholds, updates
         )
         stepped = optax.apply_updates(params, updates)
         state = state._replace(
@@ -234,7 +269,7 @@ def _fix(
 ) -> tuple[optax.Updates, Any]:
     """Updates that take the raw weights to their effective values, thresholds ended."""
     onto = map_where_prunable(
-        lambda _, u, w, target: step_onto(w, target, u.dtype),
+        lambda path, t, u, w, target: step_onto(w, target, u.dtype),
         state.thresholds,
         updates,
         params,
@@ -245,11 +280,10 @@ def _fix(
 
 def _check_arguments(
     inner: Any,
-    sparsity: Any,
-    criterion: str,
-    prunable: Any,
+    rescale: bool,
     update_every: int,
     freeze_step: int | None,
+    axis_name: AxisName,
 ) -> None:
     """Raises early, before anything is compiled, for what can be known early."""
     if not isinstance(inner, optax.GradientTransformation):
@@ -257,27 +291,12 @@ def _check_arguments(
             "the first argument of st3 is the optimizer to wrap, such as "
             f"optax.sgd(0.1), got {type(inner).__name__}"
         )
-    if not callable(prunable):
-        raise TypeError(
-            "prunable is a function of (path, leaf) that says whether to prune the "
-            f"leaf, got {prunable!r}"
+    if rescale and axis_name is not None:
+        raise ValueError(
+            f"rescaling needs whole output channels, which weights sharded over "
+            f"{axis_name!r} by hand may not have: pass rescale=False, or leave the "
+            "sharding to jit, without axis_name"
         )
-    check_choice(criterion, "criterion", CRITERIA)
     check_steps(update_every, "update_every", 1)
     if freeze_step is not None:
         check_steps(freeze_step, "freeze_step", 1)
-    if not callable(sparsity):
-        check_fraction(sparsity, "sparsity")
-        return
-    with jax.ensure_compile_time_eval():
-        last = jnp.iinfo(jnp.int32).max
-        final = sparsity(jnp.array(last))
-        check_fraction(sparsity(jnp.array(0)), "the sparsity schedule at step 0")
-        check_fraction(final, "the final value of the sparsity schedule")
-        if freeze_step is not None and is_concrete(final):
-            then = sparsity(jnp.array(freeze_step))
-            if then < final:
-                raise ValueError(
-                    f"freeze_step {freeze_step} comes before the ramp is over: the "
-                    f"sparsity is {float(then):g} then and {float(final):g} at the end"
-                )

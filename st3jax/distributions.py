@@ -1,0 +1,129 @@
+"""Distributions: how the sparsity asked for is spread over layers.
+
+``"global"`` leaves it to one threshold for all layers. Here are the others, which give
+every layer a sparsity of its own: ``"uniform"``, ``"erk"``, and explicit numbers by
+path pattern.
+"""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["DISTRIBUTIONS", "by_pattern", "erk_densities", "layer_sparsities"]
+
+DISTRIBUTIONS = ("global", "uniform", "erk")
+
+
+def layer_sparsities(
+    distribution: str, shapes: Mapping[str, tuple[int, ...]], sparsity: Any
+) -> dict[str, jax.Array]:
+    """The sparsity of each layer, so that all together have the one asked for.
+
+    To be called in 64-bit mode.
+
+    Args:
+        distribution: ``"uniform"`` or ``"erk"``; anything if ``sparsity`` is a mapping.
+        shapes: From path to shape.
+        sparsity: Scalar in [0, 1], or a mapping from path patterns to such scalars.
+
+    Returns:
+        float64 [] for each path.
+
+    Raises:
+        ValueError: If path patterns and paths do not fit, see :func:`by_pattern`.
+
+    Example:
+        >>> with jax.enable_x64(True):
+        ...     layer_sparsities("uniform", {"kernel": (2, 3)}, 0.5)["kernel"].item()
+        0.5
+    """
+    if isinstance(sparsity, Mapping):
+        chosen = by_pattern(sparsity, list(shapes))
+        return {path: jnp.asarray(s, jnp.float64) for path, s in chosen.items()}
+    sparsity = jnp.asarray(sparsity, jnp.float64)
+    if distribution == "uniform":
+        return dict.fromkeys(shapes, sparsity)
+    densities = erk_densities(list(shapes.values()), 1 - sparsity)
+    return {path: 1 - densities[i] for i, path in enumerate(shapes)}
+
+
+def by_pattern(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """The value for each path: that of the first pattern which matches it.
+
+    Args:
+        values: From pattern to value. ``*`` stands for any text, ``/`` included.
+        paths: Paths of leaves.
+
+    Returns:
+        From path to value.
+
+    Raises:
+        ValueError: If a path matches no pattern or a pattern no path.
+
+    Example:
+        >>> by_pattern({"*head*": 0.5, "*": 0.9}, ["stem/kernel", "head/kernel"])
+        {'stem/kernel': 0.9, 'head/kernel': 0.5}
+    """
+    listed = ", ".join(repr(path) for path in paths[:5])
+    for pattern in values:
+        if not fnmatch.filter(paths, pattern):
+            raise ValueError(
+                f"the pattern {pattern!r} of sparsity matches no prunable leaf "
+                f"({listed})"
+            )
+    chosen = {}
+    for path in paths:
+        matching = [p for p in values if fnmatch.fnmatchcase(path, p)]
+        if not matching:
+            raise ValueError(
+                f"no pattern of sparsity matches the leaf '{path}': add one, such as "
+                "'*' for all that is left"
+            )
+        chosen[path] = values[matching[0]]
+    return chosen
+
+
+def erk_densities(
+    shapes: list[tuple[int, ...]], density: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""The share of weights that each layer keeps under the Erdos-Renyi-kernel rule.
+
+    .. math::
+        d_l = \min(1, \epsilon\, q_l), \qquad q_l = \frac{\sum \text{shape}_l}{n_l},
+        \qquad \sum_l d_l n_l = d \sum_l n_l
+
+    with :math:`n_l` weights in layer :math:`l`. Layers for which :math:`\epsilon q_l`
+    would be above 1 are dense, those of the highest :math:`q_l` first, until the rest
+    fits. To be called in 64-bit mode.
+
+    Args:
+        shapes: Shapes of the layers.
+        density: Share of all weights that is kept, in [0, 1], concrete or traced.
+
+    Returns:
+        float64 [layers], each in [0, 1].
+
+    Example:
+        >>> with jax.enable_x64(True):
+        ...     erk_densities([(2, 2), (8, 8)], 0.5).tolist()
+        [1.0, 0.46875]
+
+    References:
+        Evci et al., "Rigging the Lottery", ICML 2020, arXiv:1911.11134, section 3;
+        Mocanu et al., Nature Communications 9, 2018, for the rule without kernels.
+    """
+    sizes = np.array([np.prod(shape, dtype=float) for shape in shapes])
+    q = np.array([sum(shape) for shape in shapes]) / sizes
+    # Candidates: the layers above each of the values of q are dense, and no others.
+    bounds = np.unique(q)[::-1]
+    dense = q[None, :] > bounds[:, None]
+    left = density * sizes.sum() - (sizes * dense).sum(1)
+    epsilon = left / (q * sizes * ~dense).sum(1)
+    fits = epsilon * bounds <= 1
+    # The first that fits has the highest epsilon. By rounding, none may fit density 1.
+    highest = jnp.max(jnp.where(fits, epsilon, 0))
+    return jnp.where(jnp.any(fits), jnp.clip(highest * q, 0, 1), 1)

@@ -1,0 +1,295 @@
+"""Patterns: which weights live and die together, so that hardware can skip the zeros.
+
+A pattern turns the one threshold of a leaf into a threshold for each weight; all else
+(soft or hard, rescaling, straight-through gradients) stays as it is.
+
+- no pattern: every weight has the threshold ``t`` itself;
+- ``"N:M"``: of every M consecutive weights along the input axis, N are kept. The
+  threshold of a group is its (N+1)-th largest magnitude times ``t``, and ``t`` goes
+  from 0 to 1, so that weights pass zero without a jump;
+- ``"block"``: a block of weights is kept if its l1 norm is above ``t``, and shrinks by
+  the share ``t / norm``. For blocks of one weight that is no pattern at all.
+
+Source of the continuous N:M projection: Hu, Zhu and Chen, "S-STE: Continuous Pruning
+Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024, arXiv:2409.09099.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from st3jax.keys import from_key, is_positive, score_dtype, to_key
+
+__all__ = [
+    "ANY",
+    "Pattern",
+    "block_norms",
+    "check_pattern_fits",
+    "final_sparsity",
+    "input_axis",
+    "parse_pattern",
+    "weight_thresholds",
+]
+
+
+class Pattern(NamedTuple):
+    """A parsed pattern.
+
+    Attributes:
+        kind: ``"any"``, ``"groups"`` or ``"block"``.
+        numbers: Nothing, (N, M), or the shape of a block on the last axes of a leaf.
+    """
+
+    kind: str
+    numbers: tuple[int, ...]
+
+
+ANY = Pattern("any", ())
+"""Zeros may be anywhere."""
+
+
+def parse_pattern(
+    pattern: str | None, block_shape: tuple[int, ...] | None = None
+) -> Pattern:
+    """Reads a pattern as a user writes it.
+
+    Args:
+        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or ``"block"``.
+        block_shape: Shape of a block, for ``"block"``.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        ValueError: If it is none of these, or a block has no shape.
+
+    Example:
+        >>> parse_pattern("2:4")
+        Pattern(kind='groups', numbers=(2, 4))
+    """
+    if (pattern == "block") != (block_shape is not None):
+        raise ValueError(
+            f"pattern 'block' and block_shape go together, got pattern {pattern!r} and "
+            f"block_shape {block_shape!r}: write pattern='block', block_shape=(16, 1)"
+        )
+    if pattern is None:
+        return ANY
+    if block_shape is not None:
+        sides = tuple(block_shape) if isinstance(block_shape, tuple | list) else ()
+        if not sides or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError(
+                "block_shape is one whole number or more, each of 1 or more, such as "
+                f"(16, 1), got {block_shape!r}"
+            )
+        return Pattern("block", sides)
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    keep, of = (int(number) for number in found.groups()) if found else (0, 0)
+    if not 0 < keep < of:
+        raise ValueError(
+            "pattern is 'N:M' with 0 < N < M, such as '2:4', or 'block', got "
+            f"{pattern!r}"
+        )
+    return Pattern("groups", (keep, of))
+
+
+def final_sparsity(pattern: Pattern) -> float | None:
+    """The share of zeros that a pattern itself asks for, if it does.
+
+    Example:
+        >>> final_sparsity(parse_pattern("1:4")), final_sparsity(ANY)
+        (0.75, None)
+    """
+    if pattern.kind != "groups":
+        return None
+    keep, of = pattern.numbers
+    return (of - keep) / of
+
+
+def input_axis(path: str, ndim: int) -> int:
+    """The axis of a kernel that a matrix product sums over, counted from the end.
+
+    In Flax it is the last but one, except for attention's projections to several heads,
+    whose last two axes are both outputs.
+
+    Args:
+        path: Names on the way to the leaf, joined by ``/``.
+        ndim: Number of its axes.
+
+    Returns:
+        -2 or -3.
+
+    Example:
+        >>> input_axis("Dense_0/kernel", 2), input_axis("attention/query/kernel", 3)
+        (-2, -3)
+    """
+    names = path.split("/")
+    heads = len(names) > 1 and names[-2] in ("query", "key", "value") and ndim > 2
+    return -3 if heads else -2
+
+
+def check_pattern_fits(pattern: Pattern, leaves: dict[str, Any]) -> None:
+    """Raises unless every leaf can be divided into the groups or blocks of a pattern.
+
+    Args:
+        pattern: The pattern.
+        leaves: From path to array (or abstract array).
+
+    Raises:
+        ValueError: With all leaves that cannot.
+
+    Example:
+        >>> stem = {"stem/kernel": jnp.zeros((3, 3, 3, 64))}
+        >>> check_pattern_fits(parse_pattern("2:4"), stem)
+        Traceback (most recent call last):
+        ValueError: pattern '2:4' does not fit 'stem/kernel' of shape (3, 3, 3, 64): \
+its input axis of 3 weights does not divide by 4; leave it out with prunable=...
+    """
+    if pattern.kind == "any":
+        return
+    name = (
+        "'{}:{}'".format(*pattern.numbers)
+        if pattern.kind == "groups"
+        else f"'block' of {pattern.numbers}"
+    )
+    problems = [
+        f"'{path}' of shape {jnp.shape(leaf)}: {problem}"
+        for path, leaf in leaves.items()
+        if (problem := _misfit(pattern, path, jnp.shape(leaf)))
+    ]
+    if problems:
+        them = "it" if len(problems) == 1 else "them"
+        raise ValueError(
+            f"pattern {name} does not fit {', and '.join(problems)}; "
+            f"leave {them} out with prunable=..."
+        )
+
+
+def _misfit(pattern: Pattern, path: str, shape: tuple[int, ...]) -> str:
+    if pattern.kind == "groups":
+        of, axis = pattern.numbers[1], input_axis(path, len(shape))
+        if len(shape) < -axis:
+            return "it has no input axis"
+        size = shape[axis]
+        return f"its input axis of {size} weights does not divide by {of}" * (
+            size % of > 0
+        )
+    if len(shape) < len(pattern.numbers):
+        return f"it has fewer than {len(pattern.numbers)} axes"
+    pairs = zip(
+        shape[len(shape) - len(pattern.numbers) :], pattern.numbers, strict=True
+    )
+    odd = [f"{size} by {side}" for size, side in pairs if size % side]
+    return f"{', '.join(odd)} does not divide" if odd else ""
+
+
+def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The l1 norm of every block, with the same bits wherever it is computed.
+
+    Sums are made of single additions in a fixed order, since a compiler may order those
+    of a reduction differently from one place to the next.
+
+    Args:
+        w: Weights; the blocks tile its last axes.
+        shape: Shape of a block.
+
+    Returns:
+        float64 for float64 weights and float32 otherwise, with the blocked axes of
+        ``w`` divided by the sides of a block.
+
+    Example:
+        >>> block_norms(jnp.array([[1.0, -2.0, 0.0, 4.0]]), (1, 2)).tolist()
+        [[3.0, 4.0]]
+    """
+    norms = jnp.abs(w.astype(score_dtype(w.dtype)))
+    for axis, side in enumerate(shape, start=w.ndim - len(shape)):
+        norms = _add_up(_split(norms, axis, side), axis + 1)
+    return norms
+
+
+def weight_thresholds(
+    pattern: Pattern, path: str, w: jax.Array, t: jax.Array
+) -> jax.Array:
+    """The threshold on each weight, from the one threshold of its leaf.
+
+    Args:
+        pattern: The pattern.
+        path: The leaf's path.
+        w: Its weights.
+        t: Scalar threshold of the leaf; off while not above zero.
+
+    Returns:
+        Array that broadcasts to ``w``, of the dtype of its scores.
+
+    Example:
+        >>> w = jnp.array([[6.0], [-2.0], [1.0], [1.0]])
+        >>> groups, blocks = parse_pattern("2:4"), parse_pattern("block", (2, 1))
+        >>> weight_thresholds(groups, "kernel", w, jnp.array(1.0)).ravel().tolist()
+        [1.0, 1.0, 1.0, 1.0]
+        >>> weight_thresholds(blocks, "kernel", w, jnp.array(4.0)).ravel().tolist()
+        [3.0, 1.0, inf, inf]
+    """
+    if pattern.kind == "any":
+        return t
+    t = t.astype(score_dtype(w.dtype))
+    spread = _of_groups if pattern.kind == "groups" else _of_blocks
+    return jnp.where(is_positive(t), spread(pattern, path, w, t), t)
+
+
+def _of_groups(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.Array:
+    keep, of = pattern.numbers
+    axis = input_axis(path, w.ndim) % w.ndim
+    split = _split(to_key(w), axis, of)
+    lanes = [jax.lax.index_in_dim(split, i, axis + 1) for i in range(of)]
+    bound = from_key(_kth_largest(lanes, keep))
+    bound = jnp.where(t < 1, bound * t, bound)  # at 1, with the bits of the weight
+    return _repeat(bound.squeeze(axis + 1), axis, of)
+
+
+def _of_blocks(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.Array:
+    del path
+    size, norms = jnp.abs(w.astype(t.dtype)), block_norms(w, pattern.numbers)
+    share = jnp.where(to_key(norms) > to_key(t), t / norms, jnp.inf)
+    for axis, side in enumerate(pattern.numbers, start=w.ndim - len(pattern.numbers)):
+        share = _repeat(share, axis, side)
+    # Of a block that is kept no weight becomes zero, however small it is.
+    below = from_key(jnp.maximum(to_key(size) - 1, 0))
+    return jnp.where(share < jnp.inf, jnp.minimum(size * share, below), share)
+
+
+def _split(x: jax.Array, axis: int, side: int) -> jax.Array:
+    """An axis divided into parts of ``side``, which become an axis of their own."""
+    shape = (*x.shape[:axis], x.shape[axis] // side, side, *x.shape[axis + 1 :])
+    return x.reshape(shape)
+
+
+def _repeat(x: jax.Array, axis: int, side: int) -> jax.Array:
+    """Every element ``side`` times along an axis."""
+    shape = (*x.shape[: axis + 1], side, *x.shape[axis + 1 :])
+    joined = (*x.shape[:axis], x.shape[axis] * side, *x.shape[axis + 1 :])
+    return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(joined)
+
+
+def _add_up(x: jax.Array, axis: int) -> jax.Array:
+    """The sum over an axis, by halves."""
+    while (size := x.shape[axis]) > 1:
+        half = size // 2
+        low = jax.lax.slice_in_dim(x, 0, half, axis=axis)
+        high = jax.lax.slice_in_dim(x, half, 2 * half, axis=axis)
+        rest = jax.lax.slice_in_dim(x, 2 * half, size, axis=axis)
+        x = jnp.concatenate([low + high, rest], axis) if size % 2 else low + high
+    return x.squeeze(axis)
+
+
+def _kth_largest(lanes: list[jax.Array], k: int) -> jax.Array:
+    """Elementwise over arrays, the one that is larger than all but ``k`` (from 0)."""
+    lanes = list(lanes)
+    up = k >= len(lanes) // 2  # nearer to the smallest: bring those to the front
+    first, second = (jnp.minimum, jnp.maximum) if up else (jnp.maximum, jnp.minimum)
+    place = len(lanes) - 1 - k if up else k
+    for done in range(place + 1):
+        for i in range(len(lanes) - 1, done, -1):
+            a, b = lanes[i - 1], lanes[i]
+            lanes[i - 1], lanes[i] = first(a, b), second(a, b)
+    return lanes[place]

@@ -1,0 +1,207 @@
+"""Rules: which weights go first, made from the arguments that methods share."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from st3jax.budgets import Costs, check_budget, check_costs, total_cost
+from st3jax.checks import check_choice, check_fraction, is_concrete
+from st3jax.distributions import DISTRIBUTIONS, by_pattern
+from st3jax.patterns import (
+    ANY,
+    Pattern,
+    check_pattern_fits,
+    final_sparsity,
+    parse_pattern,
+)
+from st3jax.schedules import Sparsity, at_step
+from st3jax.scores import CRITERIA
+from st3jax.tally import AxisName
+from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
+
+__all__ = [
+    "CLOSE",
+    "Rule",
+    "check_final_sparsity",
+    "check_fits",
+    "check_schedules",
+    "make_rule",
+]
+
+CLOSE = 1e-6
+"""A sparsity so near to that of a pattern is meant to be it."""
+LAST_STEP = 2**31 - 1
+"""Where schedules have come to their end."""
+
+
+class Rule(NamedTuple):
+    """Which weights go first, whatever their number.
+
+    Attributes:
+        criterion: How weights of different layers are compared.
+        distribution: Over what they are compared, all layers or one.
+        costs: What one weight of each leaf counts for; 1 if ``None``.
+        pattern: Which weights go together.
+        prunable: Which leaves are prunable.
+        axis_name: Axes of ``shard_map`` that the weights are sharded over.
+    """
+
+    criterion: str = "l1"
+    distribution: str = "global"
+    costs: Costs | None = None
+    pattern: Pattern = ANY
+    prunable: Prunable = is_kernel
+    axis_name: AxisName = None
+
+
+def make_rule(
+    *,
+    criterion: str,
+    distribution: str,
+    budget: str,
+    costs: Costs | None,
+    pattern: str | None,
+    block_shape: tuple[int, ...] | None,
+    prunable: Prunable,
+    axis_name: AxisName,
+) -> Rule:
+    """The rule that the arguments of a method ask for.
+
+    Raises:
+        ValueError: If an argument is not one of its choices, or two exclude each other.
+        TypeError: If ``prunable`` is not a function or ``costs`` not a mapping.
+    """
+    check_choice(criterion, "criterion", CRITERIA)
+    check_choice(distribution, "distribution", DISTRIBUTIONS)
+    check_budget(budget, costs)
+    if not callable(prunable):
+        raise TypeError(
+            "prunable is a function of (path, leaf) that says whether to prune the "
+            f"leaf, got {prunable!r}"
+        )
+    parsed = parse_pattern(pattern, block_shape)
+    if costs is not None and distribution != "global":
+        raise ValueError(
+            "budget 'multiply_adds' needs distribution 'global', got "
+            f"{distribution!r}: a layer with a sparsity of its own saves that share of "
+            "its multiply-adds anyway"
+        )
+    if axis_name is not None and (criterion == "l1_sigma" or distribution == "erk"):
+        raise ValueError(
+            f"criterion {criterion!r} and distribution {distribution!r} depend on the "
+            "whole shapes of leaves, which shards do not show: with axis_name use "
+            "'l1', or leave the sharding to jit, without axis_name"
+        )
+    if parsed.kind == "groups" and (distribution != "global" or costs is not None):
+        raise ValueError(
+            f"pattern {pattern!r} says itself how many weights of each layer go: leave "
+            "out distribution and budget"
+        )
+    return Rule(criterion, distribution, costs, parsed, prunable, axis_name)
+
+
+def check_final_sparsity(rule: Rule, sparsity: Any) -> None:
+    """Raises unless a sparsity is one that the rule can end at.
+
+    Args:
+        rule: The rule.
+        sparsity: A fraction, or one for each path pattern.
+
+    Raises:
+        ValueError: If a fraction is not in [0, 1] or not the one of an N:M pattern.
+        TypeError: If one is not a number.
+
+    Example:
+        >>> check_final_sparsity(Rule(pattern=parse_pattern("2:4")), 0.9)
+        Traceback (most recent call last):
+        ValueError: pattern '2:4' ends at a sparsity of 0.5, got 0.9
+    """
+    if isinstance(sparsity, Mapping):
+        if rule.distribution != "global" or rule.costs or rule.pattern.kind == "groups":
+            raise ValueError(
+                "a sparsity for each path pattern is a distribution of its own: leave "
+                "out distribution, budget and an N:M pattern"
+            )
+        for path, one in sparsity.items():
+            check_fraction(one, f"sparsity of {path!r}")
+        return
+    check_fraction(sparsity, "sparsity")
+    wanted = final_sparsity(rule.pattern)
+    if wanted is None or not is_concrete(sparsity):
+        return
+    if abs(float(sparsity) - wanted) > CLOSE:
+        keep, of = rule.pattern.numbers
+        raise ValueError(
+            f"pattern '{keep}:{of}' ends at a sparsity of {wanted:g}, got "
+            f"{float(sparsity):g}"
+        )
+
+
+def check_schedules(rule: Rule, sparsity: Sparsity, freeze_step: int | None) -> None:
+    """Raises unless a rule can follow this sparsity, and reach its end to be fixed.
+
+    Args:
+        rule: The rule.
+        sparsity: A fraction, a schedule, or one of them for each path pattern.
+        freeze_step: Completed steps at which the mask is fixed, if it is.
+
+    Raises:
+        ValueError: If a fraction is not in [0, 1] or not the one of an N:M pattern, or
+            if it still grows after ``freeze_step``.
+        TypeError: If one is not a number.
+    """
+    named = sparsity if isinstance(sparsity, Mapping) else {None: sparsity}
+    with jax.ensure_compile_time_eval():
+        for pattern, one in named.items():
+            name = "sparsity" if pattern is None else f"sparsity of {pattern!r}"
+            if callable(one):
+                _check_schedule(one, name, freeze_step)
+        final = at_step(sparsity, jnp.array(LAST_STEP))
+    check_final_sparsity(rule, final)
+
+
+def _check_schedule(sparsity: Any, name: str, freeze_step: int | None) -> None:
+    final = sparsity(jnp.array(LAST_STEP))
+    check_fraction(sparsity(jnp.array(0)), f"the {name} schedule at step 0")
+    check_fraction(final, f"the final value of the {name} schedule")
+    if freeze_step is None or not is_concrete(final):
+        return
+    then = sparsity(jnp.array(freeze_step))
+    if then < final:
+        raise ValueError(
+            f"freeze_step {freeze_step} comes before the ramp is over: the {name} is "
+            f"{float(then):g} then and {float(final):g} at the end"
+        )
+
+
+def check_fits(rule: Rule, params: Any, sparsity: Any) -> None:
+    """Raises unless the rule and the sparsity it ends at can be met by these weights.
+
+    Args:
+        rule: The rule.
+        params: Pytree of arrays or abstract arrays.
+        sparsity: A fraction, a schedule, or one of them for each path pattern.
+
+    Raises:
+        ValueError: If no leaf is prunable, if a pattern or the costs do not fit, if a
+            path matches nothing, or if the prunable leaves cost less than asked for.
+        TypeError: If a prunable leaf is not of a floating-point dtype.
+    """
+    leaves = prunable_leaves(params, rule.prunable)
+    check_pattern_fits(rule.pattern, leaves)
+    if isinstance(sparsity, Mapping):
+        by_pattern(sparsity, list(leaves))
+    if rule.costs is None:
+        return
+    check_costs(rule.costs, leaves)
+    every = total_cost(rule.costs, named_leaves(params))
+    most = total_cost(rule.costs, leaves) / every if every else 0
+    with jax.ensure_compile_time_eval():
+        final = at_step(sparsity, jnp.array(LAST_STEP))
+    if is_concrete(final) and final > most:
+        raise ValueError(
+            f"a share of {float(final):g} of the multiply-adds cannot be removed: "
+            f"the prunable leaves take part in {most:.3g} of them"
+        )
