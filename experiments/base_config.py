@@ -53,6 +53,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.sparsity.end_epoch = 80
     config.sparsity.power = 3.0
     config.sparsity.criterion = "l1"  # "l1" or "l1_sigma"
+    config.sparsity.distribution = "global"  # "global", "uniform" or "erk"
+    config.sparsity.layers = ()  # (path pattern, final) for each layer; else ()
+    config.sparsity.dense = ()  # path patterns of kernels that stay dense
+    config.sparsity.pattern = ""  # "", "N:M" such as "2:4", or "block"
+    config.sparsity.block_shape = ()  # on the last axes of a kernel, for "block"
     config.sparsity.soft = True
     config.sparsity.rescale = True
     config.sparsity.update_every_steps = 1

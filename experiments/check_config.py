@@ -1,8 +1,10 @@
 """Checks a configuration before anything is loaded or compiled."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 import base_config
@@ -51,13 +53,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"{devices} devices: make it a multiple of {devices}"
         )
     try:
-        make_optimizer(config, steps_per_epoch=100)
+        optimizer = make_optimizer(config, steps_per_epoch=100)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.sparsity: {error}") from error
     try:
-        create_model(config, num_classes=10)
+        model = create_model(config, num_classes=10)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
+    size = config.data.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, len(config.data.mean)), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    try:
+        jax.eval_shape(optimizer.init, params)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.sparsity: {error}") from error
 
 
 def _get(config: Any, field: str) -> Any:

@@ -1,5 +1,6 @@
 """The optimizer of a configuration: learning rate, SGD, sparse-training method."""
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any
 
@@ -48,19 +49,40 @@ def kernels(params: Any) -> Any:
     )
 
 
-def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
+def _ramps(config: Any, steps_per_epoch: int) -> Any:
+    """The ramp to the final sparsity, or one for each path pattern."""
     sparsity = config.sparsity
-    return st3jax.st3(
-        inner,
-        st3jax.polynomial_ramp(
-            sparsity.final,
+
+    def ramp(final: float) -> optax.Schedule:
+        return st3jax.polynomial_ramp(
+            final,
             begin=round(sparsity.begin_epoch * steps_per_epoch),
             end=round(sparsity.end_epoch * steps_per_epoch),
             power=sparsity.power,
-        ),
+        )
+
+    if not sparsity.layers:
+        return ramp(sparsity.final)
+    return {pattern: ramp(final) for pattern, final in sparsity.layers}
+
+
+def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
+    sparsity = config.sparsity
+
+    def prunable(path: str, leaf: Any) -> bool:
+        dense = any(fnmatch.fnmatchcase(path, name) for name in sparsity.dense)
+        return st3jax.is_kernel(path, leaf) and not dense
+
+    return st3jax.st3(
+        inner,
+        _ramps(config, steps_per_epoch),
         criterion=sparsity.criterion,
         soft=sparsity.soft,
         rescale=sparsity.rescale,
+        distribution=sparsity.distribution,
+        pattern=sparsity.pattern or None,
+        block_shape=tuple(sparsity.block_shape) or None,
+        prunable=prunable,
         update_every=sparsity.update_every_steps,
         freeze_step=config.num_epochs * steps_per_epoch,
     )
