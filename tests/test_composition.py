@@ -759,6 +759,18 @@ def test_eval_shape_of_init_and_update_tells_the_state(freeze_step, dtype):
     assert updates == jax.eval_shape(lambda params: params, params)
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("width", [8, 4096])
+def test_the_state_takes_bytes_a_leaf_and_none_a_weight(width, pattern):
+    layer = {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float64)}
+    params = {f"layer_{i}": layer for i in range(100)}
+    tx = st3jax.st3(optax.sgd(0.1), 0.5, pattern=pattern, freeze_step=FREEZE)
+    with jax.enable_x64(True):
+        state = jax.eval_shape(tx.init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert size <= 1000 + 16 * 100
+
+
 def test_nothing_is_compiled_twice_across_ramp_and_freeze():
     tx, _ = usual()
     traced = []

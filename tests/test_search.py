@@ -175,11 +175,11 @@ def test_a_float64_array_is_searched_in_float64():
 LAYOUTS = [P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))]
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_sharded_threshold_has_the_same_bits_and_moves_only_counts(layout):
-    mesh = jax.make_mesh(
-        (4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+def test_a_sharded_threshold_has_the_same_bits_and_moves_only_counts(layout, kind):
+    axis_type = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     x = normal[:262_144].reshape(512, 512)
     sharded = jax.device_put(x, NamedSharding(mesh, layout))
     compiled = jax.jit(threshold).lower([sharded], np.float32(0.9)).compile()
