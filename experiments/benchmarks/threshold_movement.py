@@ -1,0 +1,94 @@
+"""How far the threshold moves from one training step to the next.
+
+python experiments/benchmarks/threshold_movement.py
+
+Trains ``digits_st3.py`` and compares the threshold after each step with two guesses:
+the threshold before, and a straight line through the two before. The table says how far
+off they are, in parts of the ramp, and how often the first window of the selection
+(``MARGIN`` to both sides of the guess) holds the threshold.
+``--settings.num_epochs=200 --settings.sparsity.end_epoch=160`` makes a longer ramp.
+"""
+
+import functools
+import itertools
+import pathlib
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, logging
+from flax import jax_utils
+from ml_collections import config_flags
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import input_pipeline  # noqa: E402  a neighbour of this folder
+import train  # noqa: E402
+from models import create_model  # noqa: E402
+from optimizers import total_steps  # noqa: E402
+from st3jax.keys import to_key  # noqa: E402
+from st3jax.selection import MARGIN  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file(
+    "settings", str(HERE.parent / "digits_st3.py"), "Configuration file."
+)
+
+
+def thresholds(config: ml_collections.ConfigDict) -> tuple[np.ndarray, int, int]:
+    """The threshold after each step, and when the ramp begins and ends."""
+    data = input_pipeline.load(config)
+    steps_per_epoch = len(data.train) // config.batch_size
+    model = create_model(config, data.num_classes)
+    state = train.create_train_state(config, model, data.channels, steps_per_epoch)
+    state = jax_utils.replicate(state, axis_name=train.BATCH_AXIS)
+    step = jax.pmap(
+        functools.partial(train.train_step, config=config),
+        train.BATCH_AXIS,
+        donate_argnums=0,
+    )
+    batches = input_pipeline.train_batches(data, config)
+    found = []
+    for _ in range(total_steps(config, steps_per_epoch)):
+        state, _ = step(state, train.split_over_devices(next(batches)))
+        found.append(jax.tree.leaves(state.opt_state.thresholds)[0][0])
+    sparsity = config.sparsity
+    begin, end = sparsity.begin_epoch, sparsity.end_epoch
+    return (
+        np.stack(jax.device_get(found)),
+        round(begin * steps_per_epoch),
+        round(end * steps_per_epoch),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Trains and prints the table."""
+    del argv
+    t, begin, end = thresholds(ml_collections.FrozenConfigDict(CONFIG.value))
+    frozen = int(np.argmax(np.append(t[end:], 0) == 0)) + end
+    edges = np.linspace(begin + 3, end, 5).astype(int)
+    parts = {
+        f"ramp, steps {low - begin}-{high - begin}": slice(low, high)
+        for low, high in itertools.pairwise(edges)
+    }
+    parts["after the ramp"] = slice(end, frozen)
+    guesses = {"the one before": t[1:-1], "a straight line": 2 * t[1:-1] - t[:-2]}
+    print(f"a ramp of {end - begin} steps, window of {MARGIN} keys to both sides\n")
+    print("| | guess | median, % | 95th percentile, % | in the window |")
+    print("|---|---|---|---|---|")
+    for name, part in parts.items():
+        now = t[part]
+        for guess, values in guesses.items():
+            then = values[part.start - 2 : part.stop - 2]
+            off = 100 * np.abs(then / now - 1)
+            keys = np.abs(np.asarray(to_key(then)) - np.asarray(to_key(now)))
+            print(
+                f"| {name} | {guess} | {np.median(off):.3f} "
+                f"| {np.percentile(off, 95):.3f} | {np.mean(keys < MARGIN):.0%} |"
+            )
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    app.run(main)
