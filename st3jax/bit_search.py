@@ -4,7 +4,13 @@ The key of the wanted rank is found from its highest bit down, a few bits with e
 read of the arrays: how many keys lie below each candidate says what the bits are.
 Nothing but counts crosses devices, so arrays may be sharded on any axis, by ``jit`` or
 by hand.
+
+The same counts are written in the way that each platform's compiler turns into one read
+of the arrays and few kernels; ``experiments/benchmarks/selection_hlo.py`` shows it.
 """
+
+import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +21,19 @@ from st3jax.tally import Tally
 
 __all__ = ["neighbours"]
 
+BITS_PER_READ = {"cpu": 1, "gpu": 3, "tpu": 3}
+"""On accelerators, several comparisons hide behind one read."""
+JOINED = 32
+"""So many arrays can be joined before a GPU's compiler writes the result to memory."""
+
 
 def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
     tally: Tally,
     *,
-    bits_per_read: int = 1,
+    platform: str,
+    whole: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1`` (0-based) among all leaves.
 
@@ -31,27 +43,34 @@ def neighbours(
         leaves: Arrays whose magnitudes count; all float64 or none.
         rank: int64 [], at least 0 and less than the size of the tally.
         tally: How the counts of the leaves add up.
-        bits_per_read: Bits found with one read, at ``2**bits - 1`` comparisons for each
-            element.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``, which decides about speed alone.
+        whole: Whether every leaf is one piece of memory on the device that computes.
 
     Returns:
         Two scalar keys; at the last rank, the second is the first again.
     """
     integer = key_dtype(score_dtype(leaves[0].dtype))
-    bits = jnp.iinfo(integer).bits - 1
+    bits, bits_per_read = jnp.iinfo(integer).bits - 1, BITS_PER_READ[platform]
     reads = -(-bits // bits_per_read)
     digits = jnp.arange(1, 2**bits_per_read, dtype=integer)
+    parts = _parts(tally, joined=platform == "gpu" and whole)
+    first = [part[0] for part in parts]
+    tally = Tally(
+        tuple(tally.costs[i] for i in first), tuple(tally.axes[i] for i in first)
+    )
+    count_below = _count_at_once if platform == "gpu" else _count_one_by_one
+
+    def keys(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [_join([to_key(leaves[i]) for i in part]) for part in parts]
 
     def counts_below(candidates: jax.Array, turn: jax.Array) -> jax.Array:
         # Tied to the turn, or the keys of all leaves would be computed before the loop
-        # and kept: as much memory again as the arrays.
-        held, _ = lax.optimization_barrier((leaves, turn))
-        return tally.total(
-            [
-                jnp.stack([count(key < c) for c in candidates])
-                for key in map(to_key, held)
-            ]
-        )
+        # and kept: as much memory again as the arrays. One by one: a barrier makes all
+        # that it holds vary over the same mesh axes.
+        held = [lax.optimization_barrier((leaf, turn))[0] for leaf in leaves]
+        if platform == "tpu":  # whose compiler moves bit patterns past the barrier
+            held = [_chosen(turn >= 0, leaf) for leaf in held]
+        return tally.total([count_below(key, candidates) for key in keys(held)])
 
     def find_digit(turn: jax.Array, low: jax.Array) -> jax.Array:
         shift = ((reads - 1 - turn) * bits_per_read).astype(integer)
@@ -66,13 +85,55 @@ def neighbours(
     low = find_digit(jnp.zeros([], jnp.int32), jnp.zeros([], integer))
     low = lax.fori_loop(1, reads, find_digit, low)
     top = jnp.iinfo(integer).max
-    above = [jnp.min(k, initial=top, where=k > low) for k in map(to_key, leaves)]
-    high = tally.least(above)
-    up_to = tally.total([count(to_key(x) <= low) for x in leaves])
-    return low, jnp.where((up_to > rank + 1) | (high == top), low, high)
+    found = keys([lax.optimization_barrier((leaf, low))[0] for leaf in leaves])
+    high = tally.least([jnp.min(key, initial=top, where=key > low) for key in found])
+    up_to = tally.total([_count_one_by_one(key, [low + 1]) for key in found])
+    return low, jnp.where((up_to[0] > rank + 1) | (high == top), low, high)
 
 
-def count(chosen: jax.Array) -> jax.Array:
-    """How many elements are true, int32 [] unless that could overflow."""
-    few = chosen.size <= jnp.iinfo(jnp.int32).max
-    return jnp.sum(chosen, dtype=jnp.int32 if few else jnp.int64)
+def _parts(tally: Tally, *, joined: bool) -> list[list[int]]:
+    """Which leaves are counted together: alike in cost and axes, or each by itself."""
+    if not joined:
+        return [[i] for i in range(len(tally.costs))]
+    alike = collections.defaultdict(list)
+    for i, kind in enumerate(zip(tally.costs, tally.axes, strict=True)):
+        alike[kind].append(i)
+    return [
+        group[first : first + JOINED]
+        for group in alike.values()
+        for first in range(0, len(group), JOINED)
+    ]
+
+
+def _join(keys: list[jax.Array]) -> jax.Array:
+    """Many arrays as one, which a GPU's compiler reads where they are."""
+    return keys[0] if len(keys) == 1 else jnp.concatenate([key.ravel() for key in keys])
+
+
+def _enough(key: jax.Array) -> jnp.dtype:
+    """A dtype in which as many elements can be counted."""
+    few = key.size <= jnp.iinfo(jnp.int32).max
+    return jnp.dtype(jnp.int32 if few else jnp.int64)
+
+
+def _count_one_by_one(key: jax.Array, candidates: Any) -> list[jax.Array]:
+    """How many elements lie below each candidate."""
+    return [jnp.sum(key < candidate, dtype=_enough(key)) for candidate in candidates]
+
+
+def _count_at_once(key: jax.Array, candidates: Any) -> list[jax.Array]:
+    """The same in one reduction: a GPU ends each reduction with a kernel of its own."""
+    below = [(key < candidate).astype(_enough(key)) for candidate in candidates]
+    none = [jnp.zeros([], _enough(key))] * len(below)
+
+    def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    return lax.reduce(below, none, add, tuple(range(key.ndim)))
+
+
+def _chosen(always: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The leaf; not for bfloat16, whose subnormal numbers a choice may flush."""
+    if leaf.dtype == jnp.bfloat16:
+        return leaf
+    return jnp.where(always, leaf, jnp.zeros_like(leaf))

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from st3jax.checks import check_choice, check_cost
+from st3jax.tally import sharded_over
 
 __all__ = ["BUDGETS", "check_budget", "check_costs", "total_cost"]
 
@@ -71,12 +73,36 @@ def check_costs(costs: Costs, leaves: Mapping[str, Any]) -> None:
         check_cost(cost, f"the cost of '{path}'")
 
 
-def total_cost(costs: Costs, leaves: Mapping[str, Any]) -> int:
+def total_cost(costs: Costs, leaves: Mapping[str, Any], axis_name: Any = None) -> int:
     """What all these leaves cost together; what has no entry costs nothing.
 
     Example:
         >>> total_cost({"a": 10}, {"a": jnp.ones((2, 3)), "b": jnp.ones(3)})
         60
     """
-    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    sizes = {
+        path: math.prod(jnp.shape(leaf)) * _shards(leaf, axis_name)
+        for path, leaf in leaves.items()
+    }
     return sum(size * int(costs.get(path, 0)) for path, size in sizes.items())
+
+
+def largest_share(
+    costs: Costs, prunable: Mapping[str, Any], leaves: Mapping[str, Any], axis_name: Any
+) -> float:
+    """The share of all multiply-adds that the prunable leaves take part in."""
+    part = total_cost(costs, prunable, axis_name)
+    if not part:
+        raise ValueError(
+            "the prunable leaves take part in none of the multiply-adds: their costs "
+            "are all 0"
+        )
+    return part / total_cost(costs, leaves, axis_name)
+
+
+def _shards(leaf: Any, axis_name: Any) -> int:
+    """Of how many shards this is one; outside of ``shard_map`` a leaf is whole."""
+    try:
+        return math.prod(map(lax.axis_size, sharded_over(leaf, axis_name)))
+    except NameError:
+        return 1

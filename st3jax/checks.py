@@ -137,6 +137,8 @@ def check_cost(value: Any, name: str = "a cost") -> int:
         Traceback (most recent call last):
         ValueError: a cost is a whole number, 0 or more, got -3
     """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value  # of any size, also beyond 64 bits
     whole = is_concrete(value) and _is_real(value) and math.isfinite(value)
     if not whole or value != int(value):
         raise TypeError(f"{name} is a whole number, 0 or more, got {value!r}")

@@ -141,15 +141,16 @@ def _narrow(
     levels = jnp.maximum(-(-width // LEVELS), 1)
     shift = 32 - lax.clz(levels - 1)
     # Tied to the bracket, or the keys of all leaves would be computed before the loop
-    # and kept: as much memory again as the arrays.
-    held, _ = lax.optimization_barrier((leaves, bracket))
+    # and kept: as much memory again as the arrays. One by one: a barrier makes all that
+    # it holds vary over the same mesh axes.
+    held = [lax.optimization_barrier((leaf, bracket))[0] for leaf in leaves]
     digits = [_digits(leaf, start, shift) for leaf in held]
 
     def set_bit(i: jax.Array, found: Any) -> Any:
         digit, below, above = found
         candidate = digit + (128 >> i)
         bound = candidate.astype(jnp.int8)
-        count = tally.total([_count_below(d, bound) for d in digits])
+        (count,) = tally.total([[_count_below(d, bound)] for d in digits])
         up = count <= rank
         return (
             jnp.where(up, candidate, digit),
@@ -254,14 +255,14 @@ def _count_below(digits: jax.Array, digit: jax.Array) -> jax.Array:
         return counts + (tile < digit).astype(jnp.int8)
 
     def add_tiles(i: jax.Array, counts: jax.Array) -> jax.Array:
-        first, none = i * FLUSH, jnp.zeros(TILE, jnp.int8)
+        first, none = i * FLUSH, _filled(digits, 0, jnp.int8)
         last = jnp.minimum(first + FLUSH, tiles)
         return counts + lax.fori_loop(first, last, add, none).astype(jnp.int32)
 
     rest = jnp.sum(digits[tiles * TILE :] < digit, dtype=jnp.int32)
     if not tiles:
         return rest
-    counts = lax.fori_loop(0, -(-tiles // FLUSH), add_tiles, jnp.zeros(TILE, jnp.int32))
+    counts = lax.fori_loop(0, -(-tiles // FLUSH), add_tiles, _filled(digits, 0))
     return rest + jnp.sum(counts, dtype=jnp.int64)
 
 
@@ -288,5 +289,11 @@ def _least_above(
     rest = jnp.min(above(flat[tiles * TILE :]), initial=none)
     if not tiles:
         return rest
-    least = jnp.full(TILE, none, bound.dtype)
+    least = _filled(flat, none, bound.dtype)
     return jnp.minimum(rest, jnp.min(lax.fori_loop(0, tiles, take_least, least)))
+
+
+def _filled(flat: jax.Array, value: int, dtype: Any = jnp.int32) -> jax.Array:
+    """A tile of one number, typed to vary over the mesh axes that ``flat`` does."""
+    tile = jnp.full(TILE, value, dtype)
+    return jnp.where(flat[:TILE] == 0, tile, tile)

@@ -126,4 +126,6 @@ def erk_densities(
     fits = epsilon * bounds <= 1
     # The first that fits has the highest epsilon. By rounding, none may fit density 1.
     highest = jnp.max(jnp.where(fits, epsilon, 0))
-    return jnp.where(jnp.any(fits), jnp.clip(highest * q, 0, 1), 1)
+    found = jnp.where(jnp.any(fits), jnp.clip(highest * q, 0, 1), 1)
+    # By rounding only, a layer may be short of dense: no weight of it is to go.
+    return jnp.where(found > 1 - 1e-12, 1, found)

@@ -105,3 +105,16 @@ def is_positive(x: jax.typing.ArrayLike) -> jax.Array:
     """
     bits = _bits(jnp.asarray(x))
     return (bits > 0) & (bits <= _infinity(bits.dtype))
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """The magnitudes of any floating-point array as float64, subnormal ones too.
+
+    Conversion flushes subnormal float32 and bfloat16 numbers to zero on some platforms.
+    """
+    if x.dtype == jnp.float64:
+        return x
+    key = to_key(x)
+    tiny = key < to_key(jnp.asarray(jnp.finfo(jnp.float32).smallest_normal))
+    exact = key.astype(jnp.float64) * 2.0**-149
+    return jnp.where(tiny, exact, jnp.abs(x.astype(jnp.float64)))

@@ -36,7 +36,8 @@ def prune(
     Args:
         params: Pytree of arrays.
         sparsity: Share of the prunable weights to be zero, in [0, 1], or a mapping from
-            path patterns (``"*head*"``) to the shares of single layers.
+            path patterns (``"*head*"``) to the shares of single layers. Under ``jit``,
+            close over a mapping: an argument's patterns would be sorted.
         criterion: ``"l1"`` compares magnitudes, ``"l1_sigma"`` compares them relative
             to the width of their layer.
         distribution: ``"global"``, ``"uniform"`` or ``"erk"``; see :func:`st3jax.st3`.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from st3jax.budgets import Costs, check_budget, check_costs, total_cost
+from st3jax.budgets import Costs, check_budget, check_costs, largest_share
 from st3jax.checks import check_choice, check_fraction, is_concrete
 from st3jax.distributions import DISTRIBUTIONS, by_pattern
 from st3jax.patterns import (
@@ -196,8 +196,7 @@ def check_fits(rule: Rule, params: Any, sparsity: Any) -> None:
     if rule.costs is None:
         return
     check_costs(rule.costs, leaves)
-    every = total_cost(rule.costs, named_leaves(params))
-    most = total_cost(rule.costs, leaves) / every if every else 0
+    most = largest_share(rule.costs, leaves, named_leaves(params), rule.axis_name)
     with jax.ensure_compile_time_eval():
         final = at_step(sparsity, jnp.array(LAST_STEP))
     if is_concrete(final) and final > most:

@@ -13,6 +13,7 @@ but counts crosses devices.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 
 from st3jax import bit_search, digit_search
 from st3jax.checks import check_cost, check_fraction
-from st3jax.keys import from_key, score_dtype, to_key
+from st3jax.keys import from_key, score_dtype, to_key, widened
 from st3jax.tally import AxisName, Tally, sharded_over
 
 __all__ = ["threshold"]
@@ -30,8 +31,6 @@ FEW = 1 << 17
 """Up to so many scores, the simple search is as fast as any."""
 MARGIN = 1 << 16
 """How far a threshold is taken to move between two steps, in keys: about 0.5 %."""
-BITS_PER_READ = 3
-"""On accelerators, where comparisons hide behind the reads."""
 MOST = 1 << 53
 """The position among so many is computed in float64, exact to one."""
 
@@ -97,6 +96,7 @@ def threshold(
         The threshold rule of arXiv:2212.01076, section 3.
     """
     check_fraction(fraction, "fraction")
+    dtype = score_dtype(*(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(scores)))
     leaves, costs = _leaves_and_costs(scores, costs)
     if not sum(leaf.size for leaf in leaves):
         raise ValueError(
@@ -109,9 +109,8 @@ def threshold(
             f"the costs of all scores add up to {size}, more than 2**53, the most that "
             "can be counted: give them in larger units"
         )
-    dtype = score_dtype(*(leaf.dtype for leaf in leaves))
     if dtype == jnp.float64:
-        leaves = [leaf.astype(dtype) for leaf in leaves]
+        leaves = [widened(leaf) for leaf in leaves]
     near = jnp.asarray(-1 if near is None else near, dtype)
     with jax.enable_x64(True):
         fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
@@ -141,20 +140,30 @@ def _neighbours(
     leaves: list[jax.Array], rank: jax.Array, near: jax.Array, tally: Tally
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
+    whole = _are_whole()
 
-    def by_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return bit_search.neighbours(leaves, rank, tally)
+    def by_bits(platform: str) -> Callable[..., Any]:
+        def found(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
+            return bit_search.neighbours(
+                leaves, rank, tally, platform=platform, whole=whole
+            )
 
-    def by_many_bits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return bit_search.neighbours(leaves, rank, tally, bits_per_read=BITS_PER_READ)
+        return found
 
     def by_digits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
         return digit_search.neighbours(leaves, rank, near, tally, margin=MARGIN)
 
     few = sum(leaf.size for leaf in leaves) <= FEW
-    whole = _are_whole() and near.dtype == jnp.float32
-    on_cpu = by_digits if whole and not few else by_bits
-    return lax.platform_dependent(leaves, rank, near, cpu=on_cpu, default=by_many_bits)
+    digits_fit = whole and not few and near.dtype == jnp.float32
+    return lax.platform_dependent(
+        leaves,
+        rank,
+        near,
+        cpu=by_digits if digits_fit else by_bits("cpu"),
+        cuda=by_bits("gpu"),
+        rocm=by_bits("gpu"),
+        default=by_bits("tpu"),
+    )
 
 
 def _are_whole() -> bool:

@@ -31,28 +31,23 @@ class Tally(NamedTuple):
             for leaf, cost, axes in parts
         )
 
-    def total(self, counts: list[jax.Array]) -> jax.Array:
-        """The sum of integer counts, one a leaf and device: int64 of their shape.
+    def total(self, counts: list[list[jax.Array]]) -> jax.Array:
+        """The sums of integer counts, a list of scalars for each leaf: int64 [K].
 
         To be called in 64-bit mode.
         """
-        sums = [
-            lax.psum(mass, axes) if axes else mass
-            for axes, mass in (
-                (axes, self._mass(counts, axes)) for axes in sorted(set(self.axes))
-            )
-        ]
+        masses = {axes: self._mass(counts, axes) for axes in sorted(set(self.axes))}
+        sums = [lax.psum(m, axes) if axes else m for axes, m in masses.items()]
         return sum(sums[1:], sums[0])
 
-    def _mass(self, counts: list[jax.Array], axes: tuple[str, ...]) -> jax.Array:
+    def _mass(self, counts: list[list[jax.Array]], axes: tuple[str, ...]) -> jax.Array:
         """The counts of the leaves on these axes, times costs, on this device."""
         chosen = [i for i, own in enumerate(self.axes) if own == axes]
-        stacked = jnp.stack([counts[i] for i in chosen]).astype(jnp.int64)
-        costs = [self.costs[i] for i in chosen]
-        if set(costs) != {1}:
-            each = jnp.array(costs, jnp.int64)
-            stacked *= each.reshape(-1, *[1] * (stacked.ndim - 1))
-        return stacked.sum(0)
+        # One stack of all scalars: one small kernel instead of one for each leaf.
+        stacked = jnp.stack([count for i in chosen for count in counts[i]])
+        by_leaf = stacked.reshape(len(chosen), -1).astype(jnp.int64)
+        costs = jnp.array([self.costs[i] for i in chosen], jnp.int64)
+        return (by_leaf * costs[:, None]).sum(0)
 
     def least(self, values: list[jax.Array]) -> jax.Array:
         """The least of scalars, one a leaf and device."""
@@ -77,4 +72,5 @@ def sharded_over(leaf: jax.Array, axis_name: AxisName) -> tuple[str, ...]:
 
 
 def _varies(x: jax.Array) -> frozenset[str]:
-    return getattr(jax.typeof(x), "vma", frozenset())
+    """The mesh axes along which a value may differ, as far as they are tracked."""
+    return jax.typeof(x).manual_axis_type.varying

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from st3jax.budgets import total_cost
+from st3jax.budgets import largest_share
 from st3jax.distributions import layer_sparsities
 from st3jax.keys import is_positive, score_dtype
 from st3jax.patterns import block_norms, final_sparsity
@@ -72,8 +72,9 @@ def _of_all(
         asked = is_positive(fraction)
         if rule.costs is not None:
             costs = {path: int(rule.costs[path]) for path in leaves}
-            every = total_cost(rule.costs, named_leaves(params))
-            fraction = jnp.minimum(fraction * (every / total_cost(costs, leaves)), 1)
+            every = named_leaves(params)
+            most = largest_share(rule.costs, leaves, every, rule.axis_name)
+            fraction = jnp.where(fraction >= most, 1, fraction / most)
     factors = {
         path: score_factor(rule.criterion, w.shape) for path, w in leaves.items()
     }
@@ -103,6 +104,8 @@ def _of_each(
     dtype = score_dtype(*(jnp.result_type(w) for w in leaves.values()))
 
     def of_one(path: str, w: Any) -> jax.Array:
+        if not w.size:
+            return jnp.full([], OFF, dtype)
         t = threshold(
             _scores(magnitudes, w),
             each[path],

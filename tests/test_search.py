@@ -46,9 +46,12 @@ ARRAYS = {
     "all NaN": np.full(N, np.nan, np.float32),
 }
 SEARCHES = {
-    "a bit": functools.partial(bit_search.neighbours, bits_per_read=1),
-    "three bits": functools.partial(bit_search.neighbours, bits_per_read=3),
-    "five bits": functools.partial(bit_search.neighbours, bits_per_read=5),
+    "bits, as for a CPU": functools.partial(bit_search.neighbours, platform="cpu"),
+    "bits, as for a TPU": functools.partial(bit_search.neighbours, platform="tpu"),
+    "bits, as for a GPU": functools.partial(bit_search.neighbours, platform="gpu"),
+    "bits, as for one GPU": functools.partial(
+        bit_search.neighbours, platform="gpu", whole=True
+    ),
     "digits": lambda leaves, rank, tally, near=-1.0: digit_search.neighbours(
         leaves, rank, jnp.float32(near), tally, margin=MARGIN
     ),

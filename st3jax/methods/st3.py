@@ -4,6 +4,7 @@ Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -210,10 +211,13 @@ def st3(
             due = (due | (count == freeze_step)) & (count <= freeze_step)
         with jax.enable_x64(True):  # s(c) in float64, as exact as its count
             s = at_step(sparsity, count.astype(jnp.int64))
-            s = jax.tree.map(lambda s: jnp.asarray(s, jnp.float64), s)
+            if isinstance(s, Mapping):  # not by jax.tree.map, which sorts the patterns
+                s = {pattern: jnp.asarray(x, jnp.float64) for pattern, x in s.items()}
+            else:
+                s = jnp.asarray(s, jnp.float64)
             asked = jnp.any(jnp.stack(jax.tree.leaves(s)) > 0)
         # Compare what the next step will see, to the last bit.
-        params = jax.lax.optimization_barrier(params)
+        params = jax.tree.map(jax.lax.optimization_barrier, params)
         return jax.lax.cond(
             due & asked,
             lambda: leaf_thresholds(params, s, rule, near=thresholds),
