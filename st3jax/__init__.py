@@ -12,6 +12,7 @@ from st3jax import ops, scores, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
 from st3jax.methods.st3 import ST3State, st3
 from st3jax.metrics import Layer, Summary, summary
+from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
 from st3jax.schedules import polynomial_ramp
 from st3jax.trees import is_kernel
@@ -26,6 +27,7 @@ __all__ = [
     "finalize",
     "find_state",
     "is_kernel",
+    "multiply_adds",
     "ops",
     "polynomial_ramp",
     "prune",

@@ -1,0 +1,258 @@
+"""Multiply-adds are found in the computation, whatever layers it was written with."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import st3jax
+from models.resnet import cifar_resnet, imagenet_resnet
+from st3jax.trees import named_leaves
+
+KEY = jax.random.key(0)
+
+
+def images(size=8, channels=4, batch=1):
+    return jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
+
+
+def counted(module, x):
+    """Multiply-adds of a Linen module by path, each leaf's together."""
+    variables = jax.eval_shape(module.init, KEY, x)
+    costs = st3jax.multiply_adds(module.apply, variables, x)
+    leaves = named_leaves(variables)
+    return {
+        path.removeprefix("params/"): cost * leaves[path].size
+        for path, cost in costs.items()
+    }
+
+
+def total(module, x):
+    return sum(counted(module, x).values())
+
+
+CONVOLUTIONS = {  # on 8 x 8 images of 4 channels, with the products by hand
+    "3x3": (nn.Conv(6, (3, 3)), 64 * 9 * 4 * 6),
+    "1x1": (nn.Conv(6, (1, 1)), 64 * 4 * 6),
+    "strided": (nn.Conv(6, (3, 3), strides=2), 16 * 9 * 4 * 6),
+    "valid": (nn.Conv(6, (3, 3), padding="VALID"), 36 * 9 * 4 * 6),
+    "dilated": (nn.Conv(6, (3, 3), kernel_dilation=2), 64 * 9 * 4 * 6),
+    "grouped": (nn.Conv(6, (3, 3), feature_group_count=2), 64 * 9 * 2 * 6),
+    "depthwise": (nn.Conv(4, (3, 3), feature_group_count=4), 64 * 9 * 4),
+    "multiplied depthwise": (nn.Conv(8, (3, 3), feature_group_count=4), 64 * 9 * 8),
+    "transposed": (nn.ConvTranspose(6, (2, 2), strides=(2, 2)), 64 * 4 * 4 * 6),
+    "not shared": (nn.ConvLocal(6, (3, 3)), 64 * 9 * 4 * 6),
+    "dense on every pixel": (nn.Dense(6), 64 * 4 * 6),
+    "einsum": (nn.Einsum((4, 6), "bhwc,cd->bhwd"), 64 * 4 * 6),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_layer_costs_what_its_loops_would(name):
+    layer, expected = CONVOLUTIONS[name]
+    assert counted(layer, images()) == {"kernel": expected}
+    assert counted(layer, images(batch=3)) == {"kernel": 3 * expected}
+
+
+def test_a_one_dimensional_and_a_three_dimensional_convolution():
+    signal = jax.ShapeDtypeStruct((1, 10, 4), jnp.float32)
+    video = jax.ShapeDtypeStruct((1, 3, 5, 7, 2), jnp.float32)
+    assert total(nn.Conv(6, (3,)), signal) == 10 * 3 * 4 * 6
+    assert total(nn.Conv(6, (3, 3, 3)), video) == 3 * 5 * 7 * 27 * 2 * 6
+
+
+def test_attention_counts_its_projections_and_not_its_products_of_activations():
+    tokens = jax.ShapeDtypeStruct((1, 5, 8), jnp.float32)
+    layer = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
+    each = 5 * 8 * 6
+    assert counted(layer, tokens) == {
+        f"{name}/kernel": each for name in ("query", "key", "value", "out")
+    }
+
+
+def test_an_embedding_costs_nothing_until_it_multiplies():
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(11, 3)
+            return embed.attend(embed(tokens))
+
+    tokens = jax.ShapeDtypeStruct((1, 7), jnp.int32)
+    assert counted(nn.Embed(11, 3), tokens) == {}
+    assert counted(Tied(), tokens) == {"Embed_0/embedding": 7 * 11 * 3}
+
+
+def test_a_scanned_layer_costs_each_of_its_turns():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(6)(x)), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(
+                nn.remat(Block),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=5,
+            )
+            return scanned()(x, None)[0]
+
+    (cost,) = counted(Stack(), jax.ShapeDtypeStruct((2, 6), jnp.float32)).values()
+    assert cost == 5 * 2 * 6 * 6
+
+
+def test_a_recurrent_layer_costs_each_time_step():
+    layer = nn.RNN(nn.SimpleCell(6))
+    signal = jax.ShapeDtypeStruct((1, 9, 4), jnp.float32)
+    costs = counted(layer, signal)
+    assert costs == {"cell/h/kernel": 9 * 6 * 6, "cell/i/kernel": 9 * 4 * 6}
+
+
+def test_a_layer_used_twice_costs_twice():
+    params = {"w": jnp.ones((3, 3))}
+    x = jnp.ones((1, 3))
+    assert st3jax.multiply_adds(lambda p, x: x @ p["w"] @ p["w"], params, x) == {"w": 2}
+
+
+WRAPPED = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "vmap": lambda f: jax.vmap(f, (None, 0)),
+    "bfloat16": lambda f: (
+        lambda p, x: f(
+            jax.tree.map(lambda w: w.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16)
+        )
+    ),
+    "transposed": lambda f: lambda p, x: f({"w": p["w"].T.reshape(4, 6)}, x),
+    "scaled": lambda f: lambda p, x: f({"w": p["w"] * p["scale"]}, x),
+    "in a loop of fixed length": lambda f: (
+        lambda p, x: jax.lax.fori_loop(
+            0, 1, lambda _, y: y + f(p, x), jnp.zeros((5, 6))
+        )
+    ),
+    "in a branch": lambda f: (
+        lambda p, x: jax.lax.cond(
+            x.sum() > 0, lambda: f(p, x), lambda: jnp.zeros((5, 6))
+        )
+    ),
+    "inside a gradient that is stopped": lambda f: (
+        lambda p, x: f(jax.lax.stop_gradient(p), x)
+    ),
+    "pruned": lambda f: (
+        lambda p, x: f({"w": st3jax.ops.soft_threshold(p["w"], 0.1)}, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_around_a_product_changes_nothing(name):
+    params = {"w": jnp.ones((4, 6)), "scale": jnp.ones(6)}
+    fn = WRAPPED[name](lambda p, x: x @ p["w"])
+    assert st3jax.multiply_adds(fn, params, jnp.ones((5, 4))) == {"w": 5}
+
+
+def test_a_loop_that_carries_activations_into_a_product():
+    def model(params, x):
+        def turn(carry, _):
+            _, second = carry
+            return (second, second @ params["w"]), None  # first a parameter, later not
+
+        return jax.lax.scan(turn, (params["w"], x), length=3)[0][0] @ params["v"]
+
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+    assert st3jax.multiply_adds(model, params, jnp.ones((4, 4))) == {"w": 12, "v": 4}
+
+
+def test_sparsified_weights_count_for_the_raw_ones():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    tx = st3jax.st3(optax.sgd(0.1), 0.5)
+    opt_state = tx.init(params)
+
+    def model(params, x):
+        weights = st3jax.sparsify(params, opt_state)
+        return x @ weights["kernel"] + weights["bias"]
+
+    assert st3jax.multiply_adds(model, params, jnp.ones((5, 4))) == {"kernel": 5}
+
+
+def test_a_loop_of_unknown_length_around_a_product_is_refused():
+    def model(params, x):
+        return jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y @ params["w"], x)
+
+    with pytest.raises(ValueError, match="'w' is used in a loop whose number of turns"):
+        st3jax.multiply_adds(model, {"w": jnp.ones((3, 3))}, jnp.ones((1, 3)))
+
+
+def test_a_loop_of_unknown_length_without_parameters_is_no_hindrance():
+    def model(params, x):
+        y = jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y @ y.T, x)
+        return y @ params["w"]
+
+    assert st3jax.multiply_adds(model, {"w": jnp.ones((3, 3))}, jnp.ones((3, 3))) == {
+        "w": 3
+    }
+
+
+def test_an_nnx_model_is_counted_like_a_linen_one():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(4, 6, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+            self.head = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.norm(self.conv(x)).mean((1, 2)))
+
+    graphdef, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def model(params, x):
+        return nnx.merge(graphdef, params, rest)(x)
+
+    costs = st3jax.multiply_adds(model, params, images())
+    assert costs == {"conv/kernel": 64, "head/kernel": 1}
+
+
+NETWORKS = {  # millions, with the accuracy of the number that is known
+    "ResNet-50": (imagenet_resnet(50, 1000), 224, 4089, 0.002),
+    "ResNet-20": (cifar_resnet(20, 10), 32, 40.8, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_published_network_costs_what_is_published(name):
+    model, size, expected, close = NETWORKS[name]
+    x = images(size, channels=3)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, KEY, x)
+    apply = functools.partial(model.apply, train=False)
+    costs = st3jax.multiply_adds(apply, variables, x)
+    leaves = named_leaves(variables)
+    assert all(st3jax.is_kernel(path, leaves[path]) for path in costs)
+    cost = sum(cost * leaves[path].size for path, cost in costs.items())
+    assert cost / 1e6 == pytest.approx(expected, rel=close)
+
+
+def test_costs_are_those_that_a_budget_takes():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.Conv(6, (3, 3))(x).mean((1, 2)))
+
+    x = images()
+    params = Model().init(KEY, jnp.zeros(x.shape))["params"]
+    costs = st3jax.multiply_adds(
+        lambda p, x: Model().apply({"params": p}, x), params, x
+    )
+    pruned = st3jax.prune(params, 0.75, budget="multiply_adds", costs=costs)
+    layers = st3jax.summary(pruned).layers
+    removed = sum(costs[path] * int(layer.zeros) for path, layer in layers.items())
+    every = sum(costs[path] * layer.weights for path, layer in layers.items())
+    assert 0.75 * every - 1 <= removed <= 0.75 * every + max(costs.values())
+    assert np.isclose(every, 64 * 9 * 4 * 6 + 6 * 3)
