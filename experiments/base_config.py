@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sparsity.power = 3.0
     config.sparsity.criterion = "l1"  # "l1" or "l1_sigma"
     config.sparsity.distribution = "global"  # "global", "uniform" or "erk"
+    config.sparsity.budget = "weights"  # final is a share of them; "multiply_adds"
     config.sparsity.layers = ()  # (path pattern, final) for each layer; else ()
     config.sparsity.dense = ()  # path patterns of kernels that stay dense
     config.sparsity.pattern = ""  # "", "N:M" such as "2:4", or "block"

@@ -1,15 +1,13 @@
 """Checks a configuration before anything is loaded or compiled."""
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 import base_config
 from errors import UserError
-from models import create_model
+from models import abstract_variables, create_model, kernel_costs
 from optimizers import METHODS, make_optimizer
 
 __all__ = ["check_config"]
@@ -53,19 +51,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"{devices} devices: make it a multiple of {devices}"
         )
     try:
-        optimizer = make_optimizer(config, steps_per_epoch=100)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.sparsity: {error}") from error
-    try:
         model = create_model(config, num_classes=10)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, len(config.data.mean)), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    variables, _ = abstract_variables(model, config)
+    costs = kernel_costs(model, config)
     try:
-        jax.eval_shape(optimizer.init, params)
+        optimizer = make_optimizer(config, steps_per_epoch=100, costs=costs)
+        jax.eval_shape(optimizer.init, variables["params"])
     except (TypeError, ValueError) as error:
         raise UserError(f"config.sparsity: {error}") from error
 

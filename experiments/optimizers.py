@@ -66,7 +66,7 @@ def _ramps(config: Any, steps_per_epoch: int) -> Any:
     return {pattern: ramp(final) for pattern, final in sparsity.layers}
 
 
-def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
+def _st3(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     sparsity = config.sparsity
 
     def prunable(path: str, leaf: Any) -> bool:
@@ -80,6 +80,8 @@ def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
         soft=sparsity.soft,
         rescale=sparsity.rescale,
         distribution=sparsity.distribution,
+        budget=sparsity.budget,
+        costs=costs if sparsity.budget == "multiply_adds" else None,
         pattern=sparsity.pattern or None,
         block_shape=tuple(sparsity.block_shape) or None,
         prunable=prunable,
@@ -88,21 +90,30 @@ def _st3(inner: Any, config: Any, steps_per_epoch: int) -> Any:
     )
 
 
-METHODS: dict[str, Callable[[Any, Any, int], Any]] = {
-    "none": lambda inner, config, steps_per_epoch: inner,
+METHODS: dict[str, Callable[[Any, Any, int, Any], Any]] = {
+    "none": lambda inner, config, steps_per_epoch, costs: inner,
     "st3": _st3,
 }
 """How ``config.sparsity.method`` wraps the optimizer."""
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, steps_per_epoch: int
+    config: ml_collections.ConfigDict, steps_per_epoch: int, costs: dict[str, int]
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping, weight decay on kernels and SGD, wrapped in the asked method."""
+    """Clipping, weight decay on kernels and SGD, wrapped in the asked method.
+
+    Args:
+        config: The experiment's configuration.
+        steps_per_epoch: Optimizer steps in an epoch.
+        costs: From path to the multiply-adds of one weight.
+
+    Returns:
+        The optimizer of the whole run.
+    """
     sgd = config.optimizer
     inner = optax.chain(
         optax.clip_by_global_norm(sgd.clip_norm),
         optax.add_decayed_weights(sgd.weight_decay, mask=kernels),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=sgd.momentum),
     )
-    return METHODS[config.sparsity.method](inner, config, steps_per_epoch)
+    return METHODS[config.sparsity.method](inner, config, steps_per_epoch, costs)

@@ -44,6 +44,7 @@ def write_report(
     console: Console,
     config: ml_collections.ConfigDict,
     params: Any,
+    costs: dict[str, int],
     test_accuracy: float,
     steps: int,
 ) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def write_report(
         console: Where to print.
         config: The run's configuration.
         params: Effective weights at the end.
+        costs: From path to the multiply-adds of one weight, for one image.
         test_accuracy: Share of test images classified right.
         steps: Optimizer steps taken.
 
@@ -68,6 +70,13 @@ def write_report(
         "sparsity": total / summary.weights,
         "weights": summary.weights,
         "nonzero_weights": summary.weights - total,
+        "multiply_adds": sum(
+            costs[path] * (layer.weights - zeros[path])
+            for path, layer in summary.layers.items()
+        ),
+        "dense_multiply_adds": sum(
+            costs[path] * layer.weights for path, layer in summary.layers.items()
+        ),
         "steps": steps,
         "seed": config.seed,
         "layers": {
@@ -75,6 +84,7 @@ def write_report(
                 "shape": list(layer.shape),
                 "weights": layer.weights,
                 "zeros": zeros[path],
+                "multiply_adds_per_weight": costs[path],
             }
             for path, layer in sorted(summary.layers.items(), key=_position)
         },
@@ -87,7 +97,9 @@ def write_report(
     console.print(
         f"test accuracy [bold]{test_accuracy:.2%}[/] with "
         f"[bold]{report['sparsity']:.2%}[/] of {summary.weights:,} kernel weights zero "
-        f"({report['nonzero_weights']:,} left)"
+        f"({report['nonzero_weights']:,} left), "
+        f"{report['multiply_adds'] / 1e6:,.2f} of "
+        f"{report['dense_multiply_adds'] / 1e6:,.2f} million multiply-adds an image"
     )
     console.print(f"report.json, course.png and layers.png are in {workdir}")
     return report
@@ -102,20 +114,27 @@ def _position(item: tuple[str, Any]) -> tuple[bool, bool, str]:
 def _print_layers(console: Console, report: dict[str, Any]) -> None:
     table = Table(title="kernels", title_justify="left")
     table.add_column("kernel")
-    for heading in ("shape", "weights", "zeros", "sparsity"):
+    for heading in ("shape", "weights", "zeros", "sparsity", "multiply-\nadds"):
         table.add_column(heading, justify="right")
     for path, layer in report["layers"].items():
+        left = layer["weights"] - layer["zeros"]
         table.add_row(
             path.removesuffix("/kernel"),
-            " x ".join(map(str, layer["shape"])),
+            "x".join(map(str, layer["shape"])),
             f"{layer['weights']:,}",
             f"{layer['zeros']:,}",
             f"{layer['zeros'] / layer['weights']:.2%}",
+            f"{layer['multiply_adds_per_weight'] * left:,}",
         )
     table.add_section()
     zeros = report["weights"] - report["nonzero_weights"]
     table.add_row(
-        "all", "", f"{report['weights']:,}", f"{zeros:,}", f"{report['sparsity']:.2%}"
+        "all",
+        "",
+        f"{report['weights']:,}",
+        f"{zeros:,}",
+        f"{report['sparsity']:.2%}",
+        f"{report['multiply_adds']:,}",
     )
     console.print(table)
 

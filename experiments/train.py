@@ -32,7 +32,7 @@ import report
 import st3jax
 from check_config import check_config
 from errors import UserError
-from models import create_model
+from models import create_model, kernel_costs
 from models.layers import BATCH_AXIS
 from monitor import Monitor
 from optimizers import make_optimizer, total_steps
@@ -66,7 +66,7 @@ def create_train_state(
     state = TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
-        tx=make_optimizer(config, steps_per_epoch),
+        tx=make_optimizer(config, steps_per_epoch, kernel_costs(model, config)),
         batch_stats=variables.get("batch_stats", {}),
     )
     return state.replace(step=jnp.zeros([], jnp.int32))
@@ -251,8 +251,9 @@ def train_and_evaluate(
         tests = evaluate(p_eval_step, state, data, config)
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
+    costs = kernel_costs(model, config)
     return report.write_report(
-        workdir, console, config, params, tests["test_accuracy"], steps
+        workdir, console, config, params, costs, tests["test_accuracy"], steps
     )
 
 

@@ -199,7 +199,7 @@ def check_fits(rule: Rule, params: Any, sparsity: Any) -> None:
     most = largest_share(rule.costs, leaves, named_leaves(params), rule.axis_name)
     with jax.ensure_compile_time_eval():
         final = at_step(sparsity, jnp.array(LAST_STEP))
-    if is_concrete(final) and final > most:
+    if is_concrete(final) and float(final) > most:
         raise ValueError(
             f"a share of {float(final):g} of the multiply-adds cannot be removed: "
             f"the prunable leaves take part in {most:.3g} of them"

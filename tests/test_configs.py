@@ -46,7 +46,7 @@ def test_a_configuration_builds_the_published_network(name):
     )
     kernels = st3jax.trees.prunable_leaves(variables["params"])
     assert sum(kernel.size for kernel in kernels.values()) == weights
-    tx = make_optimizer(config, steps_per_epoch=100)
+    tx = make_optimizer(config, steps_per_epoch=100, costs={})
     state = jax.eval_shape(tx.init, variables["params"])
     assert len(jax.tree.leaves(state.thresholds)) == len(kernels)
     names = {path.rpartition("/")[2] for path in st3jax.trees.named_leaves(variables)}
@@ -80,7 +80,7 @@ def test_learning_rates_are_the_published_ones():
 )
 def test_ramps_and_fixing_happen_at_the_published_epochs(name, begin, end):
     config = get_config(name)
-    tx = make_optimizer(config, steps_per_epoch=10)
+    tx = make_optimizer(config, steps_per_epoch=10, costs={})
     params = {"kernel": jax.random.normal(jax.random.key(0), (50, 20))}
     update = jax.jit(tx.update)
 
@@ -103,7 +103,7 @@ def test_ramps_and_fixing_happen_at_the_published_epochs(name, begin, end):
 
 def test_weight_decay_acts_on_kernels_only():
     config = ml_collections.ConfigDict(get_config("digits_st3"))
-    tx = make_optimizer(config, steps_per_epoch=10)
+    tx = make_optimizer(config, steps_per_epoch=10, costs={})
     params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2), "bias": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params)

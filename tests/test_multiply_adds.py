@@ -250,7 +250,10 @@ def test_costs_are_those_that_a_budget_takes():
     costs = st3jax.multiply_adds(
         lambda p, x: Model().apply({"params": p}, x), params, x
     )
-    pruned = st3jax.prune(params, 0.75, budget="multiply_adds", costs=costs)
+    ramp = st3jax.polynomial_ramp(0.75, begin=0, end=1)
+    tx = st3jax.st3(optax.sgd(0.0), ramp, budget="multiply_adds", costs=costs)
+    _, opt_state = tx.update(params, jax.jit(tx.init)(params), params)
+    pruned = st3jax.finalize(params, opt_state)
     layers = st3jax.summary(pruned).layers
     removed = sum(costs[path] * int(layer.zeros) for path, layer in layers.items())
     every = sum(costs[path] * layer.weights for path, layer in layers.items())

@@ -73,6 +73,11 @@ def test_the_report_says_what_was_trained(finished):
     assert report["test_accuracy"] > 0.3
     assert report["seed"] == SEED
     assert report["config"]["sparsity"]["final"] == 0.6
+    left = [
+        (layer["weights"] - layer["zeros"]) * layer["multiply_adds_per_weight"]
+        for layer in report["layers"].values()
+    ]
+    assert report["multiply_adds"] == sum(left) < report["dense_multiply_adds"]
 
 
 def test_the_run_leaves_figures_and_logs(finished):

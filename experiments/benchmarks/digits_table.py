@@ -29,6 +29,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "ST-3-sigma, 90 %": {"final": 0.9, "criterion": "l1_sigma"},
     "ST-3-sigma, 95 %": {"final": 0.95, "criterion": "l1_sigma"},
     "ST-3-sigma, 98 %": {"final": 0.98, "criterion": "l1_sigma"},
+    "uniform, 90 %": {"final": 0.9, "distribution": "uniform"},
+    "ERK, 90 %": {"final": 0.9, "distribution": "erk"},
+    "2:4": {"final": 0.5, "pattern": "2:4", "dense": ("stem/*",)},
+    "1:4": {"final": 0.75, "pattern": "1:4", "dense": ("stem/*",)},
+    "blocks of 4x1, 75 %": {
+        "final": 0.75,
+        "pattern": "block",
+        "block_shape": (4, 1),
+        "dense": ("stem/*",),
+    },
 }
 
 
