@@ -49,7 +49,8 @@ def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
     wide = w.astype(score_dtype(w.dtype))
     t = t.astype(wide.dtype)
     size = jnp.maximum(jnp.abs(wide) - t, smallest_kept(w.dtype))
-    shrunk = jnp.where(to_key(wide) > to_key(t), jnp.copysign(size, wide), 0)
+    # Keys of the weight itself: a compiler may not have rounded the wide one yet.
+    shrunk = jnp.where(to_key(w) > to_key(t), jnp.copysign(size, wide), 0)
     return jnp.where(is_positive(t), shrunk.astype(w.dtype), w)
 
 
@@ -191,11 +192,15 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
     w = jnp.asarray(w)
     size = jnp.abs(w.astype(score_dtype(w.dtype)))
     t = _fitting(t, w, "t")
-    kept = jnp.where((to_key(size) > to_key(t)) | ~is_positive(t), size, 0)
+    kept = jnp.where((to_key(w) > to_key(t)) | ~is_positive(t), size, 0)
     axes = tuple(range(w.ndim - 1))
     before, after = size.mean(axes), kept.mean(axes)
+    # Two sums may round differently although no threshold took anything.
+    idle = ~is_positive(t)
+    if t.ndim:
+        idle = jnp.broadcast_to(idle, w.shape).all(axes)
     # Also where the mean is not finite: one bad weight must not spoil its channel.
-    intact = (after == before) | jnp.isnan(before)
+    intact = idle | (after == before) | jnp.isnan(before)
     r = jnp.where(intact, 1, (after + 1e-6) / (before + 1e-6))
     return jax.lax.stop_gradient(1.01 / (r + 0.01))
 

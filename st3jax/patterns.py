@@ -220,7 +220,8 @@ def weight_thresholds(
         t: Scalar threshold of the leaf; off while not above zero.
 
     Returns:
-        Array that broadcasts to ``w``, of the dtype of its scores.
+        Array that broadcasts to ``w``, of the dtype of its scores, cut off from
+        differentiation.
 
     Example:
         >>> w = jnp.array([[6.0], [-2.0], [1.0], [1.0]])
@@ -232,7 +233,7 @@ def weight_thresholds(
     """
     if pattern.kind == "any":
         return t
-    t = t.astype(score_dtype(w.dtype))
+    w, t = jax.lax.stop_gradient((w, t.astype(score_dtype(w.dtype))))
     spread = _of_groups if pattern.kind == "groups" else _of_blocks
     return jnp.where(is_positive(t), spread(pattern, path, w, t), t)
 

@@ -24,7 +24,9 @@ from st3jax.selection import threshold
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from models.resnet import imagenet_resnet  # noqa: E402  a neighbour of this folder
+import imagenet_st3  # noqa: E402  a neighbour of this folder
+from models import abstract_variables, create_model, kernel_costs  # noqa: E402
+from st3jax.trees import prunable_leaves  # noqa: E402
 
 WEIGHTS = flags.DEFINE_integer("weights", 0, "Weights of one flat array; 0: ResNet-50.")
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each row.")
@@ -32,23 +34,22 @@ SORT = flags.DEFINE_bool("sort", True, "Whether to time jnp.sort, once.")
 SPARSITY = 0.9
 
 
-def resnet50_kernels() -> list[jax.Array]:
-    """Random weights in the shapes of ResNet-50's 54 kernels."""
-    model = imagenet_resnet(50, 1000)
-    variables = jax.eval_shape(
-        lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), train=False),
-        jax.random.key(0),
-    )
+def resnet50_kernels() -> tuple[list[jax.Array], list[int]]:
+    """Random weights in the shapes of ResNet-50's 54 kernels, and what one costs."""
+    config = imagenet_st3.get_config()
+    model = create_model(config, 1000)
+    variables, _ = abstract_variables(model, config)
+    shapes = {k: v.shape for k, v in prunable_leaves(variables["params"]).items()}
+    costs = kernel_costs(model, config)
     rng = np.random.default_rng(0)
-    return [
+    leaves = [
         jnp.asarray(
-            rng.standard_normal(leaf.shape, np.float32)
-            * np.sqrt(2 / np.prod(leaf.shape[:-1])),
+            rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[:-1])),
             jnp.float32,
         )
-        for leaf in jax.tree.leaves(variables["params"])
-        if leaf.ndim > 1
+        for shape in shapes.values()
     ]
+    return leaves, [costs[path] for path in shapes]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -64,12 +65,16 @@ def main(argv: list[str]) -> None:
     if WEIGHTS.value:
         rng = np.random.default_rng(0)
         leaves = [jnp.asarray(rng.standard_normal(WEIGHTS.value, np.float32))]
+        costs = [1]
     else:
-        leaves = resnet50_kernels()
+        leaves, costs = resnet50_kernels()
     n = sum(leaf.size for leaf in leaves)
     flat = np.abs(np.concatenate([np.ravel(leaf) for leaf in leaves]))
     fraction = np.float32(SPARSITY)
     select = jax.jit(lambda leaves, near: threshold(leaves, fraction, near=near))
+    budget = jax.jit(
+        lambda leaves, near: threshold(leaves, fraction, near=near, costs=costs)
+    )
     start = time.perf_counter()
     compiled = select.lower(leaves, np.float32(-1)).compile()
     compile_seconds = time.perf_counter() - start
@@ -78,12 +83,16 @@ def main(argv: list[str]) -> None:
     below, up_to = (flat < t).sum(), (flat <= t).sum()  # ties and interpolation between
     assert below <= position + 1 <= up_to, "not the exact threshold"
 
+    cheap = np.float32(budget(leaves, np.float32(-1))) * np.float32(1.002)
+
     read = jax.jit(lambda leaves: sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves))
     rows = {
         "one read, sum of magnitudes": lambda: read(leaves),
         "threshold, no hint": lambda: select(leaves, np.float32(-1)),
         "threshold, hint off by 0.2 %": lambda: select(leaves, t * np.float32(1.002)),
         "threshold, hint off by 30 %": lambda: select(leaves, t * np.float32(1.3)),
+        "threshold of multiply-adds, no hint": lambda: budget(leaves, np.float32(-1)),
+        "threshold of multiply-adds, hint": lambda: budget(leaves, cheap),
         "np.partition of prepared magnitudes": lambda: np.partition(flat, position),
     }
     times: dict[str, list[float]] = {name: [] for name in rows}
