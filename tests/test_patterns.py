@@ -850,6 +850,13 @@ def test_blocks_of_equal_norm_go_together():
     assert cut.tolist() == [[0, 0, 0, 0], [0, 0, 0, 9]]
 
 
+@each_pattern
+def test_pruning_by_a_traced_sparsity_of_0_leaves_every_bit(options):
+    w = normal(2, (8, 4))
+    w[:4, 0] = 0.0, -0.0, np.nan, 1e-45
+    assert_same_bits(prune({"kernel": w}, 0.0, **options)["kernel"], w)
+
+
 # Gradients
 
 
@@ -1494,3 +1501,10 @@ def test_a_leaf_that_does_not_fit_may_be_left_out(options):
     weights = finalize(params, opt_state)
     assert_identical(weights["head"], params["head"])
     assert (weights["Dense_0"]["kernel"] != params["Dense_0"]["kernel"]).any()
+
+
+def test_a_sparsity_written_with_six_digits_is_that_of_the_pattern():
+    w = jnp.asarray(distinct(21, (9, 4)))
+    for sparsity in (0.666666, 2 / 3, 0.666667):
+        pruned = st3jax.prune({"kernel": w}, sparsity, pattern="1:3")["kernel"]
+        assert bool(((pruned.reshape(3, 3, 4) != 0).sum(1) == 1).all())
