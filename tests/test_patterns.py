@@ -507,7 +507,7 @@ def test_the_ramp_of_groups_goes_from_0_to_exactly_1(pattern, power):
     np.testing.assert_array_equal(np.asarray(weights) != 0, expected)
 
 
-@pytest.mark.parametrize("number", [np.float32, np.float64, jnp.float32])
+@pytest.mark.parametrize("number", [np.float32, np.float64])
 @pytest.mark.parametrize("pattern", ["1:3", "5:12"])
 def test_the_final_sparsity_may_be_given_in_any_precision(pattern, number):
     keep, of = numbers_of(pattern)
@@ -560,9 +560,9 @@ def test_training_ends_exactly_and_finalize_is_what_the_model_saw(name, dtype):
 @each_dtype_and_pattern
 def test_an_update_and_its_end_may_be_one_program(name, dtype):
     """Compilers may leave out roundings to narrow dtypes within one program."""
+    options, sparsity = EACH[name], 0.5 if name == "groups" else 0.8
     with width(dtype):
-        options = EACH[name]
-        tx = st3jax.st3(optax.sgd(0.3), 0.5, **options)
+        tx = st3jax.st3(optax.sgd(0.3), sparsity, **options)
 
         @jax.jit
         def step(params, grads):
@@ -570,15 +570,21 @@ def test_an_update_and_its_end_may_be_one_program(name, dtype):
             params = optax.apply_updates(params, updates)
             return params, opt_state, finalize(params, opt_state)
 
-        for seed in range(4):
+        for seed in range(8):
             params, grads = (
-                {"kernel": normal(2 * seed + i, (32, 6), dtype)} for i in range(2)
+                {"kernel": normal(2 * seed + i, (64, 16), dtype)} for i in range(2)
             )
             params, opt_state, weights = step(params, grads)
-            alone = finalize(params, opt_state)
-            np.testing.assert_array_equal(weights["kernel"] == 0, alone["kernel"] == 0)
-            if options["pattern"] != "block":
-                assert (kept_per_group(weights["kernel"], 4) <= 2).all()
+            zeros = np.asarray(weights["kernel"] == 0)
+            alone = np.asarray(finalize(params, opt_state)["kernel"] == 0)
+            np.testing.assert_array_equal(zeros, alone)
+            if name == "groups":
+                assert (kept_per_group(~zeros, 4) <= 2).all()
+            else:
+                assert set(blocks_of(zeros, options["block_shape"]).sum(-1).flat) == {
+                    0,
+                    4,
+                }
 
 
 # Blocks
@@ -729,13 +735,10 @@ def test_block_norms_have_the_same_bits_wherever_they_are_computed(name, dtype):
     norms = functools.partial(patterns.block_norms, shape=block)
 
     def with_much_around_it(v, w):
-        weights = (w * 3 - v * w).astype(dtype)
-        found = norms(jax.lax.optimization_barrier(weights))
-        carried, _ = jax.lax.scan(
-            lambda total, x: (total + norms(x), None), 0 * found, jnp.stack([w, v])
-        )
+        weights = jax.lax.optimization_barrier((w * 3 - v * w).astype(dtype))
+        _, scanned = jax.lax.scan(lambda _, x: (None, norms(x)), None, w[None])
         loss = jax.grad(lambda w: (norms(w) ** 2).mean())(w)
-        return weights, found, norms(w), found + carried, (loss * norms(w).sum()).sum()
+        return weights, norms(weights), norms(w), scanned[0], loss * norms(w).sum()
 
     with width(dtype):
         v, w = jnp.asarray(v), jnp.asarray(w)
@@ -744,8 +747,9 @@ def test_block_norms_have_the_same_bits_wherever_they_are_computed(name, dtype):
         assert eager.dtype == wide(dtype)
         assert_same_bits(jax.jit(norms)(w), eager)
         assert_same_bits(jax.jit(jax.vmap(norms))(jnp.stack([v, w]))[1], eager)
-        weights, found, again, *_ = jax.jit(with_much_around_it)(v, w)
+        weights, found, again, scanned, _ = jax.jit(with_much_around_it)(v, w)
         assert_same_bits(again, eager)
+        assert_same_bits(scanned, eager)
         assert_same_bits(found, norms(weights))
         turned = jax.jit(lambda x: norms(jnp.transpose(x)))(jnp.transpose(w))
         assert_same_bits(turned, eager)
@@ -1043,14 +1047,14 @@ INNERS = {
 
 
 @pytest.mark.parametrize(
-    ("inner", "dtype"),
+    ("name", "inner", "dtype"),
     [
-        ("decayed momentum", jnp.float32),
-        ("decayed momentum", jnp.bfloat16),
-        ("adamw", jnp.float32),
+        ("groups", "decayed momentum", jnp.float32),
+        ("groups", "adamw", jnp.bfloat16),
+        ("tiles", "adamw", jnp.float32),
+        ("tiles", "decayed momentum", jnp.bfloat16),
     ],
 )
-@each_composed
 def test_after_the_freeze_zeros_stay_and_other_weights_train_on(name, inner, dtype):
     options = COMPOSED[name]
     tx = st3jax.st3(INNERS[inner], RAMP, freeze_step=FREEZE, **options)
