@@ -858,6 +858,7 @@ def test_blocks_of_equal_norm_go_together():
 def test_pruning_by_a_traced_sparsity_of_0_leaves_every_bit(options):
     w = normal(2, (8, 4))
     w[:4, 0] = 0.0, -0.0, np.nan, 1e-45
+    w[4:, 1] = 1e-6, 1.0, 2.0, 3.0
     assert_same_bits(prune({"kernel": w}, 0.0, **options)["kernel"], w)
 
 
