@@ -202,7 +202,7 @@ def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         >>> block_norms(jnp.array([[1.0, -2.0, 0.0, 4.0]]), (1, 2)).tolist()
         [[3.0, 4.0]]
     """
-    norms = jnp.abs(w.astype(score_dtype(w.dtype)))
+    norms = from_key(to_key(w))  # by bits: a conversion may see w not yet rounded
     for axis, side in enumerate(shape, start=w.ndim - len(shape)):
         norms = _add_up(_split(norms, axis, side), axis + 1)
     return norms
@@ -250,7 +250,7 @@ def _of_groups(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.A
 
 def _of_blocks(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.Array:
     del path
-    size, norms = jnp.abs(w.astype(t.dtype)), block_norms(w, pattern.numbers)
+    size, norms = from_key(to_key(w)), block_norms(w, pattern.numbers)
     share = jnp.where(to_key(norms) > to_key(t), t / norms, jnp.inf)
     for axis, side in enumerate(pattern.numbers, start=w.ndim - len(pattern.numbers)):
         share = _repeat(share, axis, side)
