@@ -6,8 +6,9 @@ import jax
 import ml_collections
 
 import base_config
+from costs import abstract_variables, kernel_costs
 from errors import UserError
-from models import abstract_variables, create_model, kernel_costs
+from models import create_model
 from optimizers import METHODS, make_optimizer
 
 __all__ = ["check_config"]

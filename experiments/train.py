@@ -31,8 +31,9 @@ import input_pipeline
 import report
 import st3jax
 from check_config import check_config
+from costs import kernel_costs
 from errors import UserError
-from models import create_model, kernel_costs
+from models import create_model
 from models.layers import BATCH_AXIS
 from monitor import Monitor
 from optimizers import make_optimizer, total_steps

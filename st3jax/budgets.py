@@ -10,7 +10,7 @@ from jax import lax
 from st3jax.checks import check_choice, check_cost
 from st3jax.tally import sharded_over
 
-__all__ = ["BUDGETS", "check_budget", "check_costs", "total_cost"]
+__all__ = ["BUDGETS", "check_budget", "check_costs", "largest_share", "total_cost"]
 
 BUDGETS = ("weights", "multiply_adds")
 

@@ -25,7 +25,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import imagenet_st3  # noqa: E402  a neighbour of this folder
-from models import abstract_variables, create_model, kernel_costs  # noqa: E402
+from costs import abstract_variables, kernel_costs  # noqa: E402
+from models import create_model  # noqa: E402
 from st3jax.trees import prunable_leaves  # noqa: E402
 
 WEIGHTS = flags.DEFINE_integer("weights", 0, "Weights of one flat array; 0: ResNet-50.")
