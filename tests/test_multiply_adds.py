@@ -66,6 +66,23 @@ def test_a_one_dimensional_and_a_three_dimensional_convolution():
     assert total(nn.Conv(6, (3, 3, 3)), video) == 3 * 5 * 7 * 27 * 2 * 6
 
 
+def test_in_a_transposed_grouped_convolution_an_input_meets_its_group_alone():
+    def model(params, x):
+        return jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            lhs_dilation=(2, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+
+    params = {"kernel": jnp.ones((2, 2, 2, 6))}
+    expected = 64 * 4 * (2 * 2 * 3) // params["kernel"].size
+    assert st3jax.multiply_adds(model, params, images()) == {"kernel": expected}
+
+
 def test_attention_counts_its_projections_and_not_its_products_of_activations():
     tokens = jax.ShapeDtypeStruct((1, 5, 8), jnp.float32)
     layer = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
