@@ -9,7 +9,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import ml_collections
 
+from models.mobilenet import mobilenet_v1
 from models.resnet import cifar_resnet, imagenet_resnet
+from models.vgg import vgg
 from models.wide_resnet import wide_resnet
 
 __all__ = ["MODELS", "create_model"]
@@ -17,6 +19,8 @@ __all__ = ["MODELS", "create_model"]
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": cifar_resnet,
     "imagenet_resnet": imagenet_resnet,
+    "mobilenet_v1": mobilenet_v1,
+    "vgg": vgg,
     "wide_resnet": wide_resnet,
 }
 
