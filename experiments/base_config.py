@@ -12,12 +12,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # initialisation, order of the images, augmentation
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = ""  # a TFDS data set, or "digits"
-    config.data.dir = ""  # where TFDS keeps its data sets; "" for TFDS's own default
+    config.data.name = ""  # a TFDS data set, "digits", or "folder"
+    # Where TFDS keeps its data sets, "" for its own default; for "folder" what holds
+    # <split>/<class>/<image>.
+    config.data.dir = ""
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.image_size = 32  # height and width after cropping, pixels
     config.data.in_memory = False  # decode every image once and keep it
+    config.data.workers = 0  # processes that decode, on each host; 0: threads
+    config.data.broken_images = "stop"  # or "skip": leave them out, and count them
     config.data.mean = (0.0,)  # of the pixels in [0, 1], one number per channel
     config.data.std = (1.0,)
     config.data.augmentation = "none"  # "none", "shift" or "resized_crop"
@@ -30,7 +34,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 128  # over all devices together
     config.num_epochs = 160
     config.fine_tune_epochs = 10  # more epochs, with the mask fixed
+    config.second_cycle = False  # then num_epochs again, mask fixed, rates rewound
     config.label_smoothing = 0.0
+    config.accumulate_steps = 1  # parts that a batch is worked through in
+    config.ema_decay = 0.0  # of a moving average of the weights, a step; 0: none
+    config.not_finite = "stop"  # or "skip": such a gradient counts as zero
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.momentum = 0.9
@@ -49,8 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.sparsity = ml_collections.ConfigDict()
     config.sparsity.method = "st3"  # "st3", or "none" for the dense network
     config.sparsity.final = 0.9  # share of all kernel weights that end as zero
-    config.sparsity.begin_epoch = 5  # the ramp
-    config.sparsity.end_epoch = 80
+    config.sparsity.begin_epoch = 5.0  # the ramp
+    config.sparsity.end_epoch = 80.0
     config.sparsity.power = 3.0
     config.sparsity.criterion = "l1"  # "l1" or "l1_sigma"
     config.sparsity.distribution = "global"  # "global", "uniform" or "erk"
@@ -65,5 +73,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.log_every_steps = 100
     config.eval_every_epochs = 1
-    config.checkpoint_every_epochs = 5
+    config.eval_dense = True  # test the raw weights too, until the mask is fixed
+    config.checkpoint_every_epochs = 5.0
     return config

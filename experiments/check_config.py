@@ -17,6 +17,8 @@ CHOICES = {
     "sparsity.method": tuple(METHODS),
     "learning_rate.schedule": ("step", "cosine"),
     "data.augmentation": ("none", "shift", "resized_crop"),
+    "data.broken_images": ("stop", "skip"),
+    "not_finite": ("stop", "skip"),
 }
 AT_LEAST = {
     "batch_size": 1,
@@ -24,8 +26,10 @@ AT_LEAST = {
     "fine_tune_epochs": 0,
     "log_every_steps": 1,
     "eval_every_epochs": 1,
-    "checkpoint_every_epochs": 1,
+    "accumulate_steps": 1,
+    "ema_decay": 0,
     "data.image_size": 1,
+    "data.workers": 0,
 }
 
 
@@ -45,23 +49,41 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         value = _get(config, field)
         if value < least:
             raise UserError(f"config.{field} is {least} or more, got {value}")
-    devices = jax.local_device_count()
-    if config.batch_size % devices:
+    _check_batch(config)
+    if config.ema_decay >= 1:
+        raise UserError(f"config.ema_decay is below 1, got {config.ema_decay}")
+    if config.checkpoint_every_epochs <= 0:
         raise UserError(
-            f"config.batch_size {config.batch_size} cannot be split evenly over "
-            f"{devices} devices: make it a multiple of {devices}"
+            "config.checkpoint_every_epochs is above 0, got "
+            f"{config.checkpoint_every_epochs}"
+        )
+    if config.data.in_memory and config.data.augmentation == "resized_crop":
+        raise UserError(
+            "config.data.in_memory keeps images as large as the network's input, and "
+            "config.data.augmentation 'resized_crop' needs them whole: choose one"
         )
     try:
         model = create_model(config, num_classes=10)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
     variables, _ = abstract_variables(model, config)
-    costs = kernel_costs(model, config)
+    weighed = config.sparsity.budget == "multiply_adds"
+    costs = kernel_costs(model, config) if weighed else {}
     try:
         optimizer = make_optimizer(config, steps_per_epoch=100, costs=costs)
         jax.eval_shape(optimizer.init, variables["params"])
     except (TypeError, ValueError) as error:
         raise UserError(f"config.sparsity: {error}") from error
+
+
+def _check_batch(config: ml_collections.ConfigDict) -> None:
+    devices, parts = jax.device_count(), config.accumulate_steps
+    if config.batch_size % (devices * parts):
+        accumulated = f" in {parts} accumulated parts" if parts > 1 else ""
+        raise UserError(
+            f"config.batch_size {config.batch_size} cannot be split evenly over "
+            f"{devices} devices{accumulated}: make it a multiple of {devices * parts}"
+        )
 
 
 def _get(config: Any, field: str) -> Any:

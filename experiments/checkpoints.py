@@ -1,21 +1,40 @@
 """The workdir: whose run it holds, and Orbax checkpoints to continue it from.
 
-A checkpoint holds the whole training state and the position of the input, so a run
-that was killed goes on as if nothing had happened.
+A checkpoint holds the whole training state. Random numbers and the position of the
+input follow from the seed and the state's step, so a run that was killed goes on as if
+nothing had happened. Where many processes train, the first one alone reads and writes.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-import grain
+import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from rich.console import Console
 
 from errors import UserError
 from st3jax.trees import named_leaves
 
-__all__ = ["claim_workdir", "open_checkpoints", "restore", "save"]
+__all__ = [
+    "claim_workdir",
+    "open_checkpoints",
+    "replace_file",
+    "restore",
+    "save",
+    "wait",
+    "writing",
+]
+
+FREE = ("data.dir", "data.workers")
+"""Fields that change nothing about the result, so a run may go on with others."""
 
 
 def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -29,7 +48,7 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not claim.exists():
-            claim.write_text(settings)
+            replace_file(claim, settings)
         with (workdir / "metrics.jsonl").open("a"):
             pass
     except OSError as error:
@@ -41,7 +60,7 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     differing = [
         f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and name not in FREE
     ]
     if differing:
         raise UserError(
@@ -58,45 +77,137 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves either the old or the new one, whole."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """The newest two checkpoints of the workdir, written in the background."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    folder = workdir.resolve() / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(
-        workdir.resolve() / "checkpoints",
-        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            max_to_keep=2,
+            cleanup_tmp_directories=True,  # what a kill left of a save
+            multiprocessing_options=alone,
+        ),
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
-            "input": grain.checkpoint.CheckpointHandler(),
+            "digest": ocp.JsonCheckpointHandler(),
         },
     )
 
 
-def save(
-    checkpoints: ocp.CheckpointManager, step: int, state: Any, batches: Any
-) -> None:
-    """Starts to write the state after ``step`` steps and the position of the input."""
-    checkpoints.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            input=grain.checkpoint.CheckpointSave(batches),
-        ),
-    )
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Starts to write the state after ``step`` steps; the first process does.
+
+    Raises:
+        UserError: If this checkpoint, or the one before, cannot be written.
+    """
+    if jax.process_index() > 0:
+        return
+    state = jax.device_get(state)
+    with writing(checkpoints.directory):
+        checkpoints.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                digest=ocp.args.JsonSave({"blake2b": _digest(state)}),
+            ),
+        )
 
 
-def restore(checkpoints: ocp.CheckpointManager, state: Any, batches: Any) -> Any:
-    """The state of the newest checkpoint, or ``state`` itself if there is none yet.
+def wait(checkpoints: ocp.CheckpointManager) -> None:
+    """Returns when what ``save`` started is on the disk.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    with writing(checkpoints.directory):
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def writing(folder: Any) -> Iterator[None]:
+    """Says in a sentence why something could not be written to a folder.
+
+    Raises:
+        UserError: If the disk is full, for instance.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"writing to {folder} failed ({lines[-1][:300]}): the checkpoints before "
+            "are intact; make room, and the same command goes on from the last one"
+        ) from error
+
+
+def _digest(state: Any) -> str:
+    """A fingerprint of every bit of the state, so that damage on a disk shows."""
+    digest = hashlib.blake2b()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
+    """The state of the newest whole checkpoint, or ``state`` itself if there is none.
+
+    The first process reads, and hands the state to the others.
 
     Args:
         checkpoints: The workdir's checkpoints.
         state: A state of the structure, shapes and dtypes to expect.
-        batches: The input iterator, which is moved to its saved position.
+        console: Where to warn of a damaged checkpoint.
 
     Raises:
-        UserError: If the checkpoint belongs to another model or optimizer.
+        UserError: If the checkpoint belongs to another model or optimizer, or if there
+            are checkpoints and all are damaged.
     """
-    step = checkpoints.latest_step()
-    if step is None:
-        return state
+    if jax.process_index() == 0:
+        state = _newest(checkpoints, state, console)
+    return _from_first_process(state) if jax.process_count() > 1 else state
+
+
+def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
+    damaged = []
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            restored = _read(checkpoints, step, state)
+        except UserError:
+            raise
+        except Exception as error:  # damage shows in many ways
+            reason = (str(error).strip().splitlines() or [""])[0]
+            damaged.append((step, f"{type(error).__name__}: {reason[:200]}"))
+            continue
+        for bad, reason in damaged:
+            console.print(
+                f"[bold]warning:[/] the checkpoint of step {bad} is damaged ({reason});"
+                f" going on from the one of step {step}"
+            )
+            checkpoints.delete(bad)
+        return restored
+    if damaged:
+        step, reason = damaged[0]
+        raise UserError(
+            f"every checkpoint in {checkpoints.directory} is damaged (step {step}: "
+            f"{reason}): remove that folder to start from the beginning"
+        )
+    return state
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
     there, here = _shapes(checkpoints.item_metadata(step)["state"]), _shapes(state)
     for name in here | there:
         if here.get(name) != there.get(name):
@@ -109,12 +220,23 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any, batches: Any) -> Any
     restored = checkpoints.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(state),
-            input=grain.checkpoint.CheckpointRestore(batches),
+            state=ocp.args.StandardRestore(state), digest=ocp.args.JsonRestore()
         ),
     )
+    if restored["digest"]["blake2b"] != _digest(jax.device_get(restored["state"])):
+        raise ValueError("its bits are not those that were written")
     return restored["state"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+
+
+def _from_first_process(tree: Any) -> Any:
+    """The first process's arrays on every process, to the last bit."""
+    host = jax.tree.map(np.asarray, jax.device_get(tree))
+    raw = jax.tree.map(lambda x: x.reshape(-1).view(np.uint8), host)
+    raw = multihost_utils.broadcast_one_to_all(raw)  # sums: -0.0 would not survive
+    return jax.tree.map(
+        lambda x, like: np.asarray(x).view(like.dtype).reshape(like.shape), raw, host
+    )

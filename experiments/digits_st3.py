@@ -37,5 +37,5 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.log_every_steps = 11
     config.eval_every_epochs = 2
-    config.checkpoint_every_epochs = 10
+    config.checkpoint_every_epochs = 10.0
     return config

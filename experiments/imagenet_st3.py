@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
     config.data.augmentation = "resized_crop"
     config.data.flip = True
+    config.data.workers = 16
 
     config.model.name = "imagenet_resnet"
     config.model.depth = 50
@@ -38,4 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
     # this is its mean over those epochs.
     config.learning_rate.fine_tune = 1.55e-3
     config.sparsity.end_epoch = 50
+
+    config.checkpoint_every_epochs = 1.0
     return config

@@ -1,205 +1,115 @@
-"""Images from TFDS through Grain: a deterministic stream of batches for a seed.
+"""Batches of a data set, the same for a seed whatever reads them.
 
-Records are read with random access (array_record), without TensorFlow. Decoding and
-cropping of large images happen here, on the host; normalisation, shifts and flips
-happen on the device, in ``augment`` and ``normalise``.
+The order of all images is fixed by the seed and the epoch, and a batch by its number:
+not by how many processes share it or by how many workers decode it. So the position of
+the input is the number of batches taken, and a run can go on with other machines.
 """
 
-import contextlib
-import io
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
 
-from builders.digits import Digits
-from errors import UserError
+from data_sources import Data, broken
+from decoding import BrokenImage, random_resized_crop, resized_centre
 
-__all__ = ["Data", "augment", "load", "normalise", "test_batches", "train_batches"]
-
-BUILDERS = {"digits": Digits}
-EVAL_CROP = 224 / 256  # share of the shorter side that evaluation looks at
+__all__ = ["steps_per_epoch", "test_batches", "train_batches"]
 
 
-class Data(NamedTuple):
-    """A prepared data set.
+class _Load(grain.transforms.RandomMap):
+    """From an example's number to its pixels, as large as the network's input."""
 
-    Attributes:
-        train: Random-access source of training examples.
-        test: Random-access source of test examples.
-        num_classes: Number of labels.
-        channels: Channels of an image.
-    """
-
-    train: Any
-    test: Any
-    num_classes: int
-    channels: int
-
-
-def load(config: ml_collections.ConfigDict) -> Data:
-    """Opens the data set that ``config.data`` names; prepares it if that needs no net.
-
-    Raises:
-        UserError: If the data set is unknown, or is not prepared yet.
-    """
-    builder = _builder(config)
-    if config.data.name in BUILDERS:
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
-            builder.download_and_prepare()
-    elif not builder.is_prepared():
-        name = config.data.name
-        where = f", data_dir={config.data.dir!r}" if config.data.dir else ""
-        raise UserError(
-            f"the data set {name!r} is not prepared in {builder.data_path}: prepare it "
-            f'once with python -c "import tensorflow_datasets as tfds; tfds.builder('
-            f"{name!r}{where}, file_format='array_record').download_and_prepare()\", "
-            "or name the folder that holds it with --config.data.dir=..."
-        )
-    splits = (config.data.train_split, config.data.test_split)
-    train, test = (builder.as_data_source(split) for split in splits)
-    if config.data.in_memory:
-        train, test = list(train), list(test)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"config.batch_size {config.batch_size} is more than the {len(train):,} "
-            f"training images of {config.data.name!r}: make it smaller"
-        )
-    features = builder.info.features
-    channels = features["image"].shape[-1]
-    for field in ("mean", "std"):
-        if len(config.data[field]) != channels:
-            raise UserError(
-                f"config.data.{field} has {len(config.data[field])} numbers, but the "
-                f"images of {config.data.name!r} have {channels} channels: one for each"
-            )
-    return Data(train, test, features["label"].num_classes, channels)
-
-
-def _builder(config: ml_collections.ConfigDict) -> Any:
-    tfds.disable_progress_bar()
-    options = {"data_dir": config.data.dir or None, "file_format": "array_record"}
-    if config.data.name in BUILDERS:
-        return BUILDERS[config.data.name](**options)
-    try:
-        return tfds.builder(config.data.name, **options)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"config.data.name is 'digits' or a data set of TFDS, got "
-            f"{config.data.name!r}"
-        ) from None
-
-
-class _Decode(grain.transforms.RandomMap):
-    """Crops an image to the size of the network's input, if it is not of that size."""
-
-    def __init__(self, config: ml_collections.ConfigDict, train: bool):
+    def __init__(self, source: Any, config: ml_collections.ConfigDict):
+        self.source = source
         self.size = config.data.image_size
-        self.random = train and config.data.augmentation == "resized_crop"
+        self.channels = len(config.data.mean)
+        self.stop = config.data.broken_images == "stop"
 
-    def random_map(self, element: Any, rng: np.random.Generator) -> dict[str, Any]:
-        image = element["image"]
-        if self.random:
-            image = _random_resized_crop(image, self.size, rng)
-        elif image.shape[:2] != (self.size, self.size):
-            image = _resized_centre(image, self.size)
-        return {"image": image, "label": np.int32(element["label"])}
+    def map(self, index: int) -> dict[str, Any]:
+        """As ``random_map``, where nothing is random."""
+        return self.random_map(index, None)
 
+    def random_map(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """The example; ``valid`` is False if it is broken or past the end."""
+        image = np.zeros((self.size, self.size, self.channels), np.uint8)
+        if index >= len(self.source):
+            return _example(image, 0, valid=False)
+        example = self.source[index]
+        try:
+            image = self.pixels(example["image"], rng)
+        except BrokenImage as error:
+            if self.stop:
+                raise broken(example["name"], error) from None
+            return _example(image, 0, valid=False)
+        return _example(image, example["label"], valid=True)
 
-def _random_resized_crop(image: Any, size: int, rng: np.random.Generator) -> Any:
-    """8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resized."""
-    height, width = image.shape[:2]
-    box = None
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            box = (x, y, x + w, y + h)
-            break
-    if box is None:
-        return _resized_centre(image, size)
-    return np.asarray(
-        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    )
-
-
-def _resized_centre(image: Any, size: int) -> Any:
-    """The central square, with a margin cut off, resized."""
-    height, width = image.shape[:2]
-    side = min(height, width) * EVAL_CROP
-    x, y = (width - side) / 2, (height - side) / 2
-    box = (x, y, x + side, y + side)
-    return np.asarray(
-        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    )
+    def pixels(self, image: Any, rng: np.random.Generator | None) -> Any:
+        """Decodes and crops; pixels that are kept in memory are as they must be."""
+        if isinstance(image, np.ndarray):
+            return image
+        if rng is not None:
+            return random_resized_crop(image, self.channels, self.size, rng)
+        return resized_centre(image, self.channels, self.size)
 
 
-def train_batches(data: Data, config: ml_collections.ConfigDict) -> Any:
-    """An endless Grain iterator of shuffled batches; its state can be checkpointed.
+def _example(image: Any, label: int, valid: bool) -> dict[str, Any]:
+    return {"image": image, "label": np.int32(label), "valid": np.bool_(valid)}
+
+
+def steps_per_epoch(data: Data, config: ml_collections.ConfigDict) -> int:
+    """Optimizer steps in an epoch; images that fill no batch wait for another one."""
+    return len(data.train) // config.batch_size
+
+
+def _stream(
+    source: Any, order: Any, config: ml_collections.ConfigDict, train: bool
+) -> Any:
+    """This process's part of each batch of the examples that ``order`` numbers."""
+    processes, process = jax.process_count(), jax.process_index()
+    load = _Load(source, config)
+    crops = train and config.data.augmentation == "resized_crop"
+    stream = order.random_map(load) if crops else order.map(load.map)
+    return stream.batch(config.batch_size // processes)[process::processes]
+
+
+def _iterate(stream: Any, config: ml_collections.ConfigDict) -> Any:
+    """Reads ahead in worker processes, or in threads of this one."""
+    if config.data.in_memory:
+        return stream.to_iter_dataset(grain.ReadOptions(0, 0))
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    workers = grain.MultiprocessingOptions(config.data.workers)
+    return stream.to_iter_dataset(ahead).mp_prefetch(workers)
+
+
+def train_batches(data: Data, config: ml_collections.ConfigDict, start: int) -> Any:
+    """This process's part of every batch after the first ``start``, without end.
+
+    Each epoch has every image once, in another order and cropped otherwise, but for
+    those that fill no batch.
 
     Returns:
-        Iterator of ``{"image": uint8 [B, H, W, C], "label": int32 [B]}``, in another
-        order each epoch, the same for the same seed.
+        Grain iterator, to be closed after use, of ``{"image": uint8 [B, H, W, C],
+        "label": int32 [B], "valid": bool [B]}``, with B the batch size by the number of
+        processes; an image that is left out as broken is not valid.
     """
-    stream = grain.MapDataset.source(data.train).seed(config.seed).shuffle()
-    stream = stream.repeat().random_map(_Decode(config, train=True))
-    stream = stream.batch(config.batch_size, drop_remainder=True)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2)))
+    images = steps_per_epoch(data, config) * config.batch_size
+    order = grain.MapDataset.range(len(data.train)).seed(config.seed).shuffle()
+    stream = _stream(data.train, order[:images], config, train=True)
+    return iter(_iterate(stream.repeat()[start:], config))
 
 
 def test_batches(
     data: Data, config: ml_collections.ConfigDict
 ) -> Iterator[dict[str, Any]]:
-    """Every test image exactly once, in batches filled up with masked-out images.
+    """This process's part of the test images: each exactly once over all processes.
 
-    Yields:
-        ``{"image": uint8 [B, H, W, C], "label": int32 [B], "valid": bool [B]}``.
+    Returns:
+        Iterator of batches as from ``train_batches``; what fills up the last one is
+        not valid.
     """
-    stream = grain.MapDataset.source(data.test).seed(config.seed)
-    stream = stream.random_map(_Decode(config, train=False))
-    for batch in stream.batch(config.batch_size).to_iter_dataset():
-        missing = config.batch_size - len(batch["label"])
-        valid = np.ones(len(batch["label"]), bool)
-        yield {
-            name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-            for name, x in {**batch, "valid": valid}.items()
-        }
-
-
-def normalise(images: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
-    """uint8 pixels to float32 of about zero mean and unit variance."""
-    mean, std = jnp.array(config.data.mean), jnp.array(config.data.std)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
-
-
-def augment(
-    images: jax.Array, key: jax.Array, config: ml_collections.ConfigDict
-) -> jax.Array:
-    """Shifts and mirrors each image of a batch at random, on the device."""
-    shift_key, flip_key = jax.random.split(key)
-    if config.data.augmentation == "shift":
-        images = _shift(images, shift_key, config.data.shift_pixels)
-    if config.data.flip:
-        flip = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
-        images = jnp.where(flip, images[:, :, ::-1], images)
-    return images
-
-
-def _shift(images: jax.Array, key: jax.Array, pixels: int) -> jax.Array:
-    """Random crops of the original size from images padded with their edges."""
-    pad = [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)]
-    padded = jnp.pad(images, pad, mode="edge")
-    corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
-
-    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
-
-    return jax.vmap(crop)(padded, corners)
+    batches = -(-len(data.test) // config.batch_size)
+    order = grain.MapDataset.range(batches * config.batch_size).seed(config.seed)
+    return iter(_iterate(_stream(data.test, order, config, train=False), config))

@@ -16,16 +16,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from checkpoints import replace_file
+
 __all__ = ["Monitor", "read_metrics"]
 
 METRICS = "metrics.jsonl"
-SHOWN = (
-    "train_loss",
-    "train_accuracy",
-    "test_accuracy",
-    "sparsity",
-    "images_per_second",
-)
+SHOWN = {
+    "train_loss": "loss {:.2f}",
+    "train_accuracy": "acc {:.0%}",
+    "test_accuracy": "test {:.1%}",
+    "sparsity": "zeros {:.1%}",
+    "images_per_second": "{:,.0f} img/s",
+}
 
 
 class Monitor:
@@ -39,7 +41,7 @@ class Monitor:
         """Continues the logs of a run at step ``start`` of ``total``."""
         kept = [row for row in read_metrics(workdir) if row["step"] <= start]
         lines = "".join(json.dumps(row) + "\n" for row in kept)
-        (workdir / METRICS).write_text(lines)
+        replace_file(workdir / METRICS, lines)
         self._file = (workdir / METRICS).open("a")
         self._tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start
@@ -55,7 +57,7 @@ class Monitor:
         self._task = self._progress.add_task(
             "", total=total, completed=start, status=""
         )
-        self._shown = dict.fromkeys(SHOWN, float("nan"))
+        self._shown: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -78,10 +80,11 @@ class Monitor:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         self._shown |= metrics
-        status = (
-            "loss {train_loss:.2f} acc {train_accuracy:.0%} test {test_accuracy:.1%} "
-            "zeros {sparsity:.1%} {images_per_second:,.0f} img/s"
-        ).format(**self._shown)
+        status = " ".join(
+            text.format(self._shown[name])
+            for name, text in SHOWN.items()
+            if name in self._shown
+        )
         self._progress.update(self._task, completed=step, status=status)
 
 

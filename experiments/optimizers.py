@@ -16,14 +16,19 @@ __all__ = ["METHODS", "learning_rate", "make_optimizer", "total_steps"]
 
 
 def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run, fine-tuning included."""
-    return (config.num_epochs + config.fine_tune_epochs) * steps_per_epoch
+    """Optimizer steps of the whole run: training, fine-tuning, a second cycle."""
+    epochs = config.num_epochs + config.fine_tune_epochs
+    return (epochs + config.second_cycle * config.num_epochs) * steps_per_epoch
 
 
 def learning_rate(
     config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The learning rate over steps: warm-up, steps or cosine, constant fine-tuning."""
+    """The learning rate over steps: warm-up, steps or cosine, constant fine-tuning.
+
+    A second cycle begins anew after fine-tuning: learning-rate rewinding. Source:
+    arXiv:2003.02389.
+    """
     rate = config.learning_rate
     if rate.schedule == "cosine":
         start = rate.peak / rate.warmup_epochs if rate.warmup_epochs else rate.peak
@@ -37,7 +42,10 @@ def learning_rate(
     def by_step(count: jax.Array) -> jax.Array:
         epoch = count / steps_per_epoch
         epoch = jnp.floor(epoch) if rate.per_epoch else epoch
-        return jnp.where(epoch < config.num_epochs, by_epoch(epoch), rate.fine_tune)
+        rewound = config.num_epochs + config.fine_tune_epochs
+        fine_tunes = (epoch >= config.num_epochs) & (epoch < rewound)
+        epoch = jnp.where(epoch < rewound, epoch, epoch - rewound)
+        return jnp.where(fine_tunes, rate.fine_tune, by_epoch(epoch))
 
     return by_step
 

@@ -45,7 +45,7 @@ def write_report(
     config: ml_collections.ConfigDict,
     params: Any,
     costs: dict[str, int],
-    test_accuracy: float,
+    tests: dict[str, float],
     steps: int,
 ) -> dict[str, Any]:
     """Prints the table by layer and leaves ``report.json`` and figures in the workdir.
@@ -56,7 +56,8 @@ def write_report(
         config: The run's configuration.
         params: Effective weights at the end.
         costs: From path to the multiply-adds of one weight, for one image.
-        test_accuracy: Share of test images classified right.
+        tests: Accuracies and losses on the test images, of the sparse network and of
+            the moving average where there is one.
         steps: Optimizer steps taken.
 
     Returns:
@@ -65,8 +66,9 @@ def write_report(
     summary = st3jax.summary(params)
     zeros = {path: int(layer.zeros) for path, layer in summary.layers.items()}
     total = int(summary.zeros)
+    accuracies = {name: x for name, x in tests.items() if name.endswith("_accuracy")}
     report = {
-        "test_accuracy": test_accuracy,
+        **accuracies,
         "sparsity": total / summary.weights,
         "weights": summary.weights,
         "nonzero_weights": summary.weights - total,
@@ -95,12 +97,17 @@ def write_report(
     _plot_layers(workdir, report["layers"])
     _print_layers(console, report)
     console.print(
-        f"test accuracy [bold]{test_accuracy:.2%}[/] with "
+        f"test accuracy [bold]{tests['test_accuracy']:.2%}[/] with "
         f"[bold]{report['sparsity']:.2%}[/] of {summary.weights:,} kernel weights zero "
         f"({report['nonzero_weights']:,} left), "
         f"{report['multiply_adds'] / 1e6:,.2f} of "
         f"{report['dense_multiply_adds'] / 1e6:,.2f} million multiply-adds an image"
     )
+    if "ema_test_accuracy" in tests:
+        console.print(
+            "the moving average of the weights, with the same zeros: test accuracy "
+            f"[bold]{tests['ema_test_accuracy']:.2%}[/]"
+        )
     console.print(f"report.json, course.png and layers.png are in {workdir}")
     return report
 

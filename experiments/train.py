@@ -4,138 +4,51 @@ python experiments/train.py --config=experiments/digits_st3.py
 
 Any field of the configuration can be given on the command line, as in
 ``--config.sparsity.final=0.95``. Started again, the same command goes on where it
-stopped.
+stopped. For many hosts the same command is started on each, with ``--distributed`` or
+with ``--coordinator=host:port --processes=... --process=...``.
 """
 
+import contextlib
 import functools
 import pathlib
 import re
 import sys
+import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import app, flags, logging
 from flax import jax_utils
-from flax.training import train_state
 from ml_collections import config_flags
 from rich.console import Console
 
 import checkpoints
+import data_sources
 import input_pipeline
+import processes
 import report
 import st3jax
 from check_config import check_config
 from costs import kernel_costs
-from errors import UserError
+from errors import Stopped, UserError
 from models import create_model
 from models.layers import BATCH_AXIS
 from monitor import Monitor
-from optimizers import make_optimizer, total_steps
-
-
-class TrainState(train_state.TrainState):
-    """Flax's training state with BatchNorm's running statistics.
-
-    Attributes:
-        batch_stats: Running statistics, in the structure of the model.
-    """
-
-    batch_stats: Any
-
-
-def create_train_state(
-    config: ml_collections.ConfigDict,
-    model: nn.Module,
-    channels: int,
-    steps_per_epoch: int,
-) -> TrainState:
-    """Fresh parameters and optimizer for a seed."""
-    size = config.data.image_size
-    images = jnp.zeros((1, size, size, channels))
-    init = jax.jit(
-        functools.partial(model.init, train=False),
-        # It runs once: compiling fast matters more than running fast.
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    variables = init(jax.random.key(config.seed), images)
-    state = TrainState.create(
-        apply_fn=model.apply,
-        params=variables["params"],
-        tx=make_optimizer(config, steps_per_epoch, kernel_costs(model, config)),
-        batch_stats=variables.get("batch_stats", {}),
-    )
-    return state.replace(step=jnp.zeros([], jnp.int32))
-
-
-def effective_params(
-    config: ml_collections.ConfigDict, params: Any, opt_state: Any
-) -> Any:
-    """The weights that the model sees."""
-    if config.sparsity.method == "none":
-        return params
-    return st3jax.sparsify(params, opt_state)
-
-
-def train_step(
-    state: TrainState, batch: dict[str, jax.Array], config: ml_collections.ConfigDict
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on one device's part of the batch."""
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXIS))
-    augment_key, dropout_key = jax.random.split(key)
-    images = input_pipeline.normalise(batch["image"], config)
-    images = input_pipeline.augment(images, augment_key, config)
-
-    def loss_fn(params: Any) -> Any:
-        params = effective_params(config, params, state.opt_state)
-        logits, updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], logits.shape[-1]), config.label_smoothing
-        )
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (logits, updates["batch_stats"])
-
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params
-    )
-    accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
-    grads, metrics = jax.lax.pmean(
-        (grads, {"train_loss": loss, "train_accuracy": accuracy}), BATCH_AXIS
-    )
-    return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
-
-
-def eval_step(
-    state: TrainState, batch: dict[str, jax.Array], config: ml_collections.ConfigDict
-) -> dict[str, jax.Array]:
-    """How many images of the batch are classified right, over all devices."""
-    logits = state.apply_fn(
-        {
-            "params": effective_params(config, state.params, state.opt_state),
-            "batch_stats": state.batch_stats,
-        },
-        input_pipeline.normalise(batch["image"], config),
-        train=False,
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    sums = {
-        "correct": jnp.sum((logits.argmax(-1) == batch["label"]) & batch["valid"]),
-        "loss": jnp.sum(losses * batch["valid"]),
-        "images": jnp.sum(batch["valid"]),
-    }
-    return jax.lax.psum(sums, BATCH_AXIS)
+from optimizers import total_steps
+from steps import (
+    TrainState,
+    create_train_state,
+    effective_params,
+    eval_step,
+    eval_variables,
+    finite_names,
+    train_step,
+)
 
 
 def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -144,21 +57,117 @@ def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x.reshape(devices, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def evaluate(
-    p_eval_step: Any, state: TrainState, data: Any, config: ml_collections.ConfigDict
-) -> dict[str, float]:
-    """Accuracy and loss over every test image, with the weights that will ship."""
-    sums = [
-        p_eval_step(state, split_over_devices(batch))
-        for batch in input_pipeline.test_batches(data, config)
-    ]
-    total = jax.tree.map(
-        lambda *xs: float(sum(x[0] for x in xs)), *jax.device_get(sums)
+class Programs(NamedTuple):
+    """What runs on the devices, compiled on first use.
+
+    Attributes:
+        train_step: As in ``steps``, over all devices.
+        eval_step: The same.
+        eval_variables: The same.
+        sparsity: Share of zeros among the kernel weights that the model sees.
+    """
+
+    train_step: Any
+    eval_step: Any
+    eval_variables: Any
+    sparsity: Any
+
+
+def compile_programs(model: nn.Module, config: ml_collections.ConfigDict) -> Programs:
+    """The step functions of a run."""
+
+    def over_devices(fn: Any, donated: Any = (), **options: Any) -> Any:
+        fn = functools.partial(fn, config=config, **options)
+        return jax.pmap(fn, BATCH_AXIS, donate_argnums=donated)
+
+    @jax.jit
+    def sparsity(params: Any, opt_state: Any) -> jax.Array:
+        return st3jax.summary(effective_params(config, params, opt_state)).sparsity
+
+    return Programs(
+        over_devices(train_step, donated=0),
+        over_devices(eval_step, apply_fn=model.apply),
+        over_devices(eval_variables),
+        lambda state: float(
+            sparsity(*jax_utils.unreplicate((state.params, state.opt_state)))
+        ),
     )
-    return {
-        "test_accuracy": total["correct"] / total["images"],
-        "test_loss": total["loss"] / total["images"],
+
+
+def evaluate(
+    programs: Programs,
+    state: TrainState,
+    data: data_sources.Data,
+    config: ml_collections.ConfigDict,
+    fixed: bool,
+) -> dict[str, float]:
+    """Accuracy and loss over every test image, of each network that can differ."""
+    networks = programs.eval_variables(state)
+    if fixed:
+        networks.pop("dense_test", None)  # zeros are zeros in the raw weights, too
+    sums: dict[str, list[Any]] = {name: [] for name in networks}
+    for batch in input_pipeline.test_batches(data, config):
+        parts = split_over_devices(batch)
+        for name, variables in networks.items():
+            sums[name].append(programs.eval_step(variables, parts))
+    metrics = {"sparsity": programs.sparsity(state)}
+    for name, parts in jax.device_get(sums).items():
+        total = jax.tree.map(lambda *xs: float(sum(x[0] for x in xs)), *parts)
+        metrics[f"{name}_accuracy"] = total["correct"] / total["images"]
+        metrics[f"{name}_loss"] = total["loss"] / total["images"]
+    return metrics
+
+
+def summarise(
+    steps: list[Any], last: int, names: list[str], config: ml_collections.ConfigDict
+) -> dict[str, float]:
+    """Means of the metrics of the last steps, which are fetched from the device.
+
+    Args:
+        steps: What ``train_step`` returned, step by step.
+        last: Number of the last of these steps.
+        names: What each entry of ``finite`` belongs to.
+        config: The experiment's configuration.
+
+    Raises:
+        UserError: If a step was not finite and ``config.not_finite`` is "stop".
+    """
+    rows = [jax.tree.map(lambda x: x[0], row) for row in jax.device_get(steps)]
+    fine = [bool(row["fine"]) for row in rows]
+    if not all(fine) and config.not_finite == "stop":
+        first = fine.index(False)
+        where = [
+            name
+            for name, finite in zip(names, rows[first]["finite"], strict=True)
+            if not finite
+        ] or ["the loss alone"]
+        raise UserError(
+            f"numbers are not finite any more in step {last - len(rows) + first + 1}, "
+            f"whose loss is {rows[first]['train_loss']}: {', '.join(where[:3])}"
+            f"{f' and {len(where) - 3} more' if len(where) > 3 else ''}; lower "
+            "config.learning_rate.peak, or let such gradients count as zero with "
+            "--config.not_finite=skip, in another --workdir=..."
+        )
+    used = [row for row, ok in zip(rows, fine, strict=True) if ok] or rows
+    means = {
+        name: float(np.mean([row[name] for row in used]))
+        for name in ("train_loss", "train_accuracy")
     }
+    counts = {
+        "skipped_steps": fine.count(False),
+        "skipped_images": int(sum(row["skipped_images"] for row in rows)),
+    }
+    return means | {name: count for name, count in counts.items() if count}
+
+
+@contextlib.contextmanager
+def _folder_of_this_process(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The workdir for the first process; for others a folder that nobody reads."""
+    if jax.process_index() == 0:
+        yield workdir
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch)
 
 
 def train_and_evaluate(
@@ -168,27 +177,37 @@ def train_and_evaluate(
 
     Args:
         config: A configuration with the fields of ``base_config.py``.
-        workdir: Folder for checkpoints, logs and the report.
+        workdir: Folder for checkpoints, logs and the report. Of many processes the
+            first one alone reads and writes it.
 
     Returns:
         The report, as in ``report.json``.
 
     Raises:
-        UserError: If the configuration, the data or the workdir is not usable.
+        UserError: If the configuration, the data or the workdir is not usable, or the
+            training runs into numbers that are not finite.
+        Stopped: If the run was asked to stop, and its state is saved.
     """
-    console = Console()
+    with _folder_of_this_process(workdir) as workdir:
+        return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> dict[str, Any]:
+    console = Console(quiet=jax.process_index() > 0)
     check_config(config)
-    data = input_pipeline.load(config)
+    data = data_sources.load(config)
     checkpoints.claim_workdir(workdir, config)
     config = ml_collections.FrozenConfigDict(config)
 
-    steps_per_epoch = len(data.train) // config.batch_size
+    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
     steps = total_steps(config, steps_per_epoch)
     model = create_model(config, data.num_classes)
-    state = create_train_state(config, model, data.channels, steps_per_epoch)
-    batches = input_pipeline.train_batches(data, config)
+    costs = kernel_costs(model, config)
+    state = create_train_state(config, model, steps_per_epoch, costs)
     manager = checkpoints.open_checkpoints(workdir)
-    state = checkpoints.restore(manager, state, batches)
+    state = checkpoints.restore(manager, state, console)
     start = int(state.step)
     report.print_settings(
         console,
@@ -205,62 +224,67 @@ def train_and_evaluate(
 
     # Laid out as pmap lays out its results, or the second step would compile again.
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
-    p_train_step = jax.pmap(
-        functools.partial(train_step, config=config), BATCH_AXIS, donate_argnums=0
-    )
-    p_eval_step = jax.pmap(functools.partial(eval_step, config=config), BATCH_AXIS)
-    count_zeros = jax.jit(
-        lambda params, opt_state: st3jax.summary(
-            effective_params(config, params, opt_state)
-        )
-    )
-
-    def sparsity_of(state: TrainState) -> float:
-        local = jax_utils.unreplicate((state.params, state.opt_state))
-        return float(count_zeros(*local).sparsity)
-
-    with manager, Monitor(workdir, console, start, steps) as monitor:
+    programs = compile_programs(model, config)
+    names = finite_names(state)
+    checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
+    with (
+        manager,
+        contextlib.closing(
+            input_pipeline.train_batches(data, config, start)
+        ) as batches,
+        Monitor(workdir, console, start, steps) as monitor,
+        processes.asked_to_stop() as asked_to_stop,
+    ):
         recent: list[Any] = []
-        since = time.monotonic()
+        since, waited = time.monotonic(), 0.0
         for step in range(start + 1, steps + 1):
-            state, metrics = p_train_step(state, split_over_devices(next(batches)))
+            before = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - before
+            state, metrics = programs.train_step(state, split_over_devices(batch))
             recent.append(metrics)
             epoch, past = divmod(step, steps_per_epoch)
-            last, epoch_ends = step == steps, past == 0
+            last, epoch_ends, stops = step == steps, past == 0, asked_to_stop(step)
+            saves = last or stops or step % checkpoint_steps == 0
 
-            if last or step % config.log_every_steps == 0:
-                rows = jax.device_get(recent)
-                means = {
-                    name: float(np.mean([row[name] for row in rows]))
-                    for name in metrics
-                }
-                images = len(recent) * config.batch_size
-                means["images_per_second"] = images / (time.monotonic() - since)
-                means["sparsity"] = sparsity_of(state)
+            if saves or step % config.log_every_steps == 0:
+                means = summarise(recent, step, names, config)
+                seconds = time.monotonic() - since
+                means["images_per_second"] = len(recent) * config.batch_size / seconds
+                means["input_wait"] = waited / seconds
+                means["sparsity"] = programs.sparsity(state)
                 monitor.record(step, means)
-                recent, since = [], time.monotonic()
+                recent, since, waited = [], time.monotonic(), 0.0
 
             if last or (epoch_ends and epoch % config.eval_every_epochs == 0):
-                tests = evaluate(p_eval_step, state, data, config)
-                tests["sparsity"] = sparsity_of(state)
+                fixed = epoch >= config.num_epochs
+                tests = evaluate(programs, state, data, config, fixed)
                 monitor.record(step, tests)
 
-            if last or (epoch_ends and epoch % config.checkpoint_every_epochs == 0):
-                checkpoints.save(manager, step, jax_utils.unreplicate(state), batches)
+            if saves:
+                checkpoints.save(manager, step, jax_utils.unreplicate(state))
+            if last or stops:
+                checkpoints.wait(manager)
+            if stops and not last:
+                raise Stopped(
+                    f"asked to stop: saved after step {step:,} of {steps:,}; the same "
+                    "command goes on from there"
+                )
 
     if start == steps:  # an ended run was started again
-        tests = evaluate(p_eval_step, state, data, config)
+        tests = evaluate(programs, state, data, config, fixed=True)
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
-    costs = kernel_costs(model, config)
-    return report.write_report(
-        workdir, console, config, params, costs, tests["test_accuracy"], steps
-    )
+    return report.write_report(workdir, console, config, params, costs, tests, steps)
 
 
 def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
     """``runs/<configuration>``, with the fields that the command line changed."""
-    changes = [f"{name}={value}" for name, value in sorted(overrides.items())]
+    changes = [
+        f"{name}={value}"
+        for name, value in sorted(overrides.items())
+        if name not in checkpoints.FREE
+    ]
     return pathlib.Path("runs", "-".join([pathlib.Path(config_file).stem, *changes]))
 
 
@@ -269,6 +293,15 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, logs and the report; a run that is in it "
     "is continued. Default: a folder under runs/ named after the settings.",
 )  # fmt: skip
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of this TPU pod, Slurm, Open MPI "
+    "or Kubernetes job.",
+)  # fmt: skip
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of the first process, elsewhere; needs the next two"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
+PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -280,12 +313,25 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
         if not pathlib.Path(config_file).is_file():
             raise UserError(f"there is no configuration file {config_file}")
+        if DISTRIBUTED.value or COORDINATOR.value:
+            processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         workdir = WORKDIR.value or default_workdir(
             config_file, config_flags.get_override_values(flag)
         )
         train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
+    except Stopped as stopped:
+        print(stopped)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        processes.leave(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        processes.leave(
+            f"error: one of the {jax.process_count()} processes seems to be lost "
+            f"({reason[:200]}): start all of them again, and they go on from the last "
+            "checkpoint"
+        )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

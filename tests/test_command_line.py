@@ -5,11 +5,12 @@ import sys
 
 import ml_collections
 import pytest
+from rich.console import Console
 
 import base_config
 import cifar10_st3
+import data_sources
 import digits_st3
-import input_pipeline
 import train
 from check_config import check_config
 from errors import UserError
@@ -60,13 +61,30 @@ FIELDS = [  # field, value, the sentence
     ("batch_size", 65, "config.batch_size 65 cannot be split evenly over 8 devices"),
     ("num_epochs", 0, "config.num_epochs is 1 or more, got 0"),
     ("eval_every_epochs", 0, "config.eval_every_epochs is 1 or more, got 0"),
+    ("checkpoint_every_epochs", 0.0, "config.checkpoint_every_epochs is above 0, got"),
+    ("accumulate_steps", 0, "config.accumulate_steps is 1 or more, got 0"),
+    ("accumulate_steps", 3, "split evenly over 8 devices in 3 accumulated parts: make"),
+    ("ema_decay", 1.0, "config.ema_decay is below 1, got 1.0"),
+    ("ema_decay", -0.1, "config.ema_decay is 0 or more, got -0.1"),
+    ("not_finite", "go", "config.not_finite is one of 'stop', 'skip', got 'go'"),
+    ("data.broken_images", "go", "data.broken_images is one of 'stop', 'skip', got"),
+    ("data.workers", -1, "config.data.workers is 0 or more, got -1"),
+    (
+        "data.augmentation",
+        "resized_crop",
+        "config.data.in_memory keeps images as large",
+    ),
     ("learning_rate.schedule", "linear", "is one of 'step', 'cosine', got 'linear'"),
     ("data.augmentation", "all", "config.data.augmentation is one of 'none', 'shift'"),
     ("sparsety.final", 0.9, "config.sparsety is not a field of a configuration"),
 ]
 
 DATA = [
-    ("data.name", "digitz", "config.data.name is 'digits' or a data set of TFDS, got"),
+    (
+        "data.name",
+        "digitz",
+        "config.data.name is 'digits', 'folder' or a data set of TFDS, got",
+    ),
     (
         "batch_size",
         4000,
@@ -111,7 +129,7 @@ def test_settings_that_do_not_fit_the_data_are_named(field, value, sentence, tmp
     config = changed(field, value)
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as error:
-        input_pipeline.load(config)
+        data_sources.load(config)
     assert sentence in str(error.value)
 
 
@@ -129,6 +147,7 @@ def test_data_that_is_not_prepared_comes_with_the_command_that_prepares_it(tmp_p
         train.train_and_evaluate(config, tmp_path / "workdir")
     assert "'cifar10' is not prepared in" in str(error.value)
     command = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_reco"
+    assert "python -m venv tf && tf/bin/pip install tensorflow-cpu" in str(error.value)
     assert command in str(error.value)
     assert not (tmp_path / "workdir").exists()
 
@@ -150,19 +169,15 @@ def test_a_workdir_with_other_settings_is_not_touched(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     small, large = changed("model.width", 2), changed("model.width", 3)
-    for config in (small, large):
-        config.data.dir = str(tmp_path)
-    data = input_pipeline.load(small)
-    batches = input_pipeline.train_batches(data, small)
     states = [
-        train.create_train_state(config, train.create_model(config, 10), 1, 22)
+        train.create_train_state(config, train.create_model(config, 10), 22, {})
         for config in (small, large)
     ]
     with train.checkpoints.open_checkpoints(tmp_path / "run") as manager:
-        train.checkpoints.save(manager, 1, states[0], batches)
+        train.checkpoints.save(manager, 1, states[0])
         manager.wait_until_finished()
         with pytest.raises(UserError, match=r"of another model or optimizer: .* is "):
-            train.checkpoints.restore(manager, states[1], batches)
+            train.checkpoints.restore(manager, states[1], Console())
 
 
 def test_every_field_of_the_configuration_is_in_its_table():

@@ -9,9 +9,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 import checkpoints
+import data_sources
 import digits_st3
 import input_pipeline
+import steps
 import train
+from models import create_model
+from models.layers import BATCH_AXIS
 from monitor import read_metrics
 
 SEED = 3
@@ -22,12 +26,12 @@ def data_dir(tmp_path_factory):
     """Data sets are prepared in a folder of the test run."""
     folder = str(tmp_path_factory.mktemp("tfds"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(input_pipeline, "BUILDERS", {"digits": _builder_in(folder)})
+        patch.setattr(data_sources, "BUILDERS", {"digits": _builder_in(folder)})
         yield folder
 
 
 def _builder_in(folder):
-    builder = input_pipeline.BUILDERS["digits"]
+    builder = data_sources.BUILDERS["digits"]
     return lambda data_dir, **options: builder(data_dir=data_dir or folder, **options)
 
 
@@ -121,7 +125,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
 def test_an_ended_run_reports_again_without_training(finished, monkeypatch):
     monkeypatch.delattr(train, "split_over_devices")
-    monkeypatch.setattr(train, "evaluate", lambda *_: {"test_accuracy": 0.125})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"test_accuracy": 0.125})
     report = train.train_and_evaluate(tiny(), finished[0])
     assert report == finished[1] | {"test_accuracy": 0.125}
 
@@ -141,8 +145,8 @@ def test_zeros_stay_while_fine_tuning(finished):
 def test_two_epochs_see_the_same_images_in_another_order(data_dir):
     config = tiny()
     config.batch_size = 1
-    data = input_pipeline.load(config)
-    batches = input_pipeline.train_batches(data, config)
+    data = data_sources.load(config)
+    batches = input_pipeline.train_batches(data, config, start=0)
     epochs = [
         [next(batches)["image"].tobytes() for _ in range(len(data.train))]
         for _ in range(2)
@@ -154,7 +158,7 @@ def test_two_epochs_see_the_same_images_in_another_order(data_dir):
 def test_every_test_image_is_seen_exactly_once(data_dir):
     config = tiny()
     config.batch_size = 100
-    data = input_pipeline.load(config)
+    data = data_sources.load(config)
     batches = list(input_pipeline.test_batches(data, config))
     assert {len(batch["label"]) for batch in batches} == {100}
     seen = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
@@ -162,7 +166,7 @@ def test_every_test_image_is_seen_exactly_once(data_dir):
 
 
 def test_train_and_test_images_are_disjoint(data_dir):
-    data = input_pipeline.load(tiny())
+    data = data_sources.load(tiny())
     train_images = {x["image"].tobytes() for x in data.train}
     assert len(data.train) + len(data.test) == 1797
     assert not [x for x in data.test if x["image"].tobytes() in train_images]
@@ -171,15 +175,15 @@ def test_train_and_test_images_are_disjoint(data_dir):
 def test_one_device_and_two_take_the_same_step(data_dir):
     config = tiny()
     config.data.augmentation = "none"
-    data = input_pipeline.load(config)
-    batch = next(input_pipeline.train_batches(data, config))
-    model = train.create_model(config, 10)
-    state = train.create_train_state(config, model, 1, steps_per_epoch=22)
+    data = data_sources.load(config)
+    batch = next(input_pipeline.train_batches(data, config, start=0))
+    model = create_model(config, 10)
+    state = steps.create_train_state(config, model, steps_per_epoch=22, costs={})
     results = []
     for count in (1, 2):
         step = jax.pmap(
-            lambda state, batch: train.train_step(state, batch, config),
-            train.BATCH_AXIS,
+            lambda state, batch: steps.train_step(state, batch, config),
+            BATCH_AXIS,
             in_axes=(None, 0),
             devices=jax.local_devices()[:count],
         )

@@ -1,10 +1,11 @@
-"""Accuracy on digits for dense and sparse networks, as means over seeds.
+"""Accuracy of dense and sparse networks, as means over seeds.
 
-python experiments/benchmarks/digits_table.py
+python experiments/benchmarks/accuracy_table.py --data=digits
+python experiments/benchmarks/accuracy_table.py --data=fashion_mnist
 
-Runs ``digits_st3.py`` for each row and seed, one after another, in folders under
-``runs/digits_table``; what is already there is not run again. Prints a table in
-Markdown and writes it to ``experiments/benchmarks/digits_table.md``.
+Runs ``<data>_st3.py`` for each row and seed, one after another, in folders under
+``runs/<data>_table``; what is already there is not run again. Prints a table in
+Markdown and writes it to that folder.
 """
 
 import pathlib
@@ -12,16 +13,21 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, logging
+from absl import app, flags, logging
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import digits_st3  # noqa: E402  a neighbour of this folder
+import fashion_mnist_st3  # noqa: E402
 import train  # noqa: E402
+from errors import Stopped  # noqa: E402
+
+DATA = flags.DEFINE_enum("data", "digits", ["digits", "fashion_mnist"], "Data set.")
+CONFIGS = {"digits": digits_st3, "fashion_mnist": fashion_mnist_st3}
 
 SEEDS = (0, 1, 2)
-ROWS: dict[str, dict[str, Any]] = {
+DIGITS: dict[str, dict[str, Any]] = {
     "dense": {"method": "none"},
     "ST-3, 90 %": {"final": 0.9},
     "ST-3, 95 %": {"final": 0.95},
@@ -40,26 +46,29 @@ ROWS: dict[str, dict[str, Any]] = {
         "dense": ("stem/*",),
     },
 }
+ROWS = {
+    "digits": DIGITS,
+    "fashion_mnist": {name: DIGITS[name] for name in ("dense", "ST-3, 95 %")},
+}
 
 
-def run(row: str, seed: int) -> dict[str, Any]:
+def run(data: str, row: str, seed: int) -> dict[str, Any]:
     """The report of one run."""
-    config = digits_st3.get_config()
+    config = CONFIGS[data].get_config()
     config.seed = seed
-    config.sparsity.update(ROWS[row])
+    config.sparsity.update(ROWS[data][row])
     name = row.replace(", ", "-").replace(" %", "")
     return train.train_and_evaluate(
-        config, pathlib.Path("runs", "digits_table", f"{name}-seed{seed}")
+        config, pathlib.Path("runs", f"{data}_table", f"{name}-seed{seed}")
     )
 
 
-def main(argv: list[str]) -> None:
-    """Runs all rows and prints the table."""
-    del argv
+def markdown(data: str) -> str:
+    """Runs all rows and makes the table of them."""
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [f"| | zeros | {seeds} | mean |", "|---|---|" + "---|" * (len(SEEDS) + 1)]
-    for row in ROWS:
-        reports = [run(row, seed) for seed in SEEDS]
+    for row in ROWS[data]:
+        reports = [run(data, row, seed) for seed in SEEDS]
         accuracies = [report["test_accuracy"] for report in reports]
         zeros = {report["weights"] - report["nonzero_weights"] for report in reports}
         cells = [
@@ -69,8 +78,17 @@ def main(argv: list[str]) -> None:
             f"**{np.mean(accuracies):.2%}**",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join(lines) + "\n"
-    (HERE / "digits_table.md").write_text(table)
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Runs all rows and prints the table."""
+    del argv
+    try:
+        table = markdown(DATA.value)
+    except Stopped as stopped:
+        sys.exit(str(stopped))
+    pathlib.Path("runs", f"{DATA.value}_table", "table.md").write_text(table)
     print(table)
 
 

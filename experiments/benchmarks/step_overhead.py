@@ -26,8 +26,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import st3jax  # noqa: E402
-import train  # noqa: E402  a neighbour of this folder
+import steps  # noqa: E402  a neighbour of this folder
 from models import create_model  # noqa: E402
+from models.layers import BATCH_AXIS  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file(
     "settings", str(HERE.parent / "cifar10_st3.py"), "Configuration file."
@@ -44,11 +45,11 @@ class Step:
         config = ml_collections.ConfigDict(config)
         config.sparsity.method = method
         size, channels = config.data.image_size, len(config.data.mean)
-        state = train.create_train_state(
+        state = steps.create_train_state(
             ml_collections.FrozenConfigDict(config),
             create_model(config, 10),
-            channels,
             STEPS_PER_EPOCH,
+            costs={},
         )
         if method != "none":
             middle = (config.sparsity.begin_epoch + config.sparsity.end_epoch) / 2
@@ -59,12 +60,13 @@ class Step:
         self.batch = {
             "image": rng.integers(0, 256, shape, np.uint8),
             "label": rng.integers(0, 10, shape[:2], np.int32),
+            "valid": np.ones(shape[:2], bool),
         }
-        self.state = jax_utils.replicate(state, axis_name=train.BATCH_AXIS)
+        self.state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
         frozen = ml_collections.FrozenConfigDict(config)
         step = jax.pmap(
-            lambda state, batch: train.train_step(state, batch, frozen),
-            train.BATCH_AXIS,
+            lambda state, batch: steps.train_step(state, batch, frozen),
+            BATCH_AXIS,
             donate_argnums=0,
         )
         self.run = step.lower(self.state, self.batch).compile()
@@ -82,19 +84,19 @@ class Step:
 def main(argv: list[str]) -> None:
     """Times both steps and prints the ratios."""
     del argv
-    steps = {method: Step(CONFIG.value, method) for method in ("none", "st3")}
-    times: dict[str, list[float]] = {method: [] for method in steps}
+    both = {method: Step(CONFIG.value, method) for method in ("none", "st3")}
+    times: dict[str, list[float]] = {method: [] for method in both}
     for turn in range(REPETITIONS.value + 2):
-        for method, step in steps.items():
+        for method, step in both.items():
             taken = step.seconds()
             if turn >= 2:  # the first threshold has nothing to start from
                 times[method].append(taken)
     dense, sparse = (np.array(times[method]) for method in ("none", "st3"))
-    weights = st3jax.summary(steps["st3"].state.params).weights
+    weights = st3jax.summary(both["st3"].state.params).weights
     print(f"{weights:,} kernel weights, batch {CONFIG.value.batch_size}")
     print(f"dense step {1e3 * np.median(dense):.0f} ms, median of {len(dense)}")
     print(f"ST-3 step / dense step, median of pairs: {np.median(sparse / dense):.3f}")
-    memory = steps["st3"].memory / steps["none"].memory
+    memory = both["st3"].memory / both["none"].memory
     print(f"ST-3 memory / dense memory, as compiled: {memory:.3f}")
 
 

@@ -24,9 +24,12 @@ from ml_collections import config_flags
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import input_pipeline  # noqa: E402  a neighbour of this folder
+import data_sources  # noqa: E402  a neighbour of this folder
+import input_pipeline  # noqa: E402
+import steps  # noqa: E402
 import train  # noqa: E402
 from models import create_model  # noqa: E402
+from models.layers import BATCH_AXIS  # noqa: E402
 from optimizers import total_steps  # noqa: E402
 from st3jax.keys import to_key  # noqa: E402
 from st3jax.selection import MARGIN  # noqa: E402
@@ -38,17 +41,17 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def thresholds(config: ml_collections.ConfigDict) -> tuple[np.ndarray, int, int]:
     """The threshold after each step, and when the ramp begins and ends."""
-    data = input_pipeline.load(config)
-    steps_per_epoch = len(data.train) // config.batch_size
+    data = data_sources.load(config)
+    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
     model = create_model(config, data.num_classes)
-    state = train.create_train_state(config, model, data.channels, steps_per_epoch)
-    state = jax_utils.replicate(state, axis_name=train.BATCH_AXIS)
+    state = steps.create_train_state(config, model, steps_per_epoch, costs={})
+    state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
     step = jax.pmap(
-        functools.partial(train.train_step, config=config),
-        train.BATCH_AXIS,
+        functools.partial(steps.train_step, config=config),
+        BATCH_AXIS,
         donate_argnums=0,
     )
-    batches = input_pipeline.train_batches(data, config)
+    batches = input_pipeline.train_batches(data, config, start=0)
     found = []
     for _ in range(total_steps(config, steps_per_epoch)):
         state, _ = step(state, train.split_over_devices(next(batches)))
