@@ -1,33 +1,167 @@
-"""Two processes on one machine, joined by ``jax.distributed``."""
+"""Processes on one machine, joined by ``jax.distributed``: selection and training."""
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
+import time
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import checkpoints
+import data_sources
+import digits_st3
+import processes
 from programs import two_processes
 
-PROGRAM = pathlib.Path(two_processes.__file__)
+PROGRAMS = pathlib.Path(two_processes.__file__).parent
+EXPERIMENTS = str(pathlib.Path(digits_st3.__file__).parent)
+TRAIN = [PROGRAMS / "train_checked.py"]
+SETTINGS = [  # 66 steps, so gentle that rounding errors stay small
+    f"--config={digits_st3.__file__}",
+    "--config.model.width=4",
+    "--config.learning_rate.peak=0.01",
+    "--config.num_epochs=2",
+    "--config.fine_tune_epochs=1",
+    "--config.sparsity.begin_epoch=0.5",
+    "--config.sparsity.end_epoch=1.5",
+    "--config.eval_every_epochs=3",
+    "--config.checkpoint_every_epochs=0.5",
+]
 
 
-def test_two_processes_end_with_the_thresholds_of_one(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, address, str(i)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ,
-        )
-        for i in range(2)
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start(arguments, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": EXPERIMENTS,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
+        },
+    )
+
+
+def finish(started):
+    """(exit status, output, errors) of each process, none of which may hang."""
+    ends = [process.communicate(timeout=300) for process in started]
+    return [
+        (process.returncode, *end) for process, end in zip(started, ends, strict=True)
     ]
-    ends = [process.communicate(timeout=300) for process in processes]
-    for process, (_, stderr) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, stderr
+
+
+def test_two_processes_end_with_the_thresholds_of_one():
+    program, address = PROGRAMS / "two_processes.py", free_address()
+    started = [start([program, address, str(i)], devices=2) for i in range(2)]
+    outputs = []
+    for status, stdout, stderr in finish(started):
+        assert status == 0, stderr
+        outputs.append(stdout.splitlines()[-1])
     alone = two_processes.bits(*two_processes.train(two_processes.PARAMS))
-    assert [stdout.splitlines()[-1] for stdout, _ in ends] == [alone, alone]
+    assert outputs == [alone, alone]
+
+
+def train_in_two(fates, workdir, data_dir):
+    """Starts ``train.py`` twice, with two devices each."""
+    address = free_address()
+    started = [
+        start(
+            [
+                *(*TRAIN, fate, *SETTINGS, f"--config.data.dir={data_dir}"),
+                *(f"--workdir={workdir}", f"--coordinator={address}"),
+                *("--processes=2", f"--process={i}"),
+            ],
+            devices=2,
+        )
+        for i, fate in enumerate(fates)
+    ]
+    return finish(started)
+
+
+def last_state(workdir):
+    with checkpoints.open_checkpoints(workdir) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(manager.latest_step(), args=args)["state"]
+
+
+def fingerprints(output):
+    return re.findall(r"replicas agree: (\w+)", output)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where the data set is prepared."""
+    config = digits_st3.get_config()
+    config.data.dir = str(tmp_path_factory.mktemp("tfds"))
+    data_sources.load(config)
+    return config.data.dir
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, data_dir):
+    """The workdir and the ends of a run of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, train_in_two(["end", "end"], workdir, data_dir)
+
+
+def test_replicas_in_two_processes_are_the_same_bits(of_two):
+    (one, first, error), (two, second, _) = of_two[1]
+    assert (one, two) == (0, 0), error
+    assert len(fingerprints(first)) > 5
+    assert fingerprints(first)[-1] == fingerprints(second)[-1]
+    assert "test accuracy" in first
+    assert "test accuracy" not in second
+
+
+def test_two_processes_end_where_one_with_four_devices_does(of_two, tmp_path, data_dir):
+    arguments = [*TRAIN, "end", *SETTINGS, f"--config.data.dir={data_dir}"]
+    ((status, _, error),) = finish(
+        [start([*arguments, f"--workdir={tmp_path}"], devices=4)]
+    )
+    assert status == 0, error
+    alone, shared = last_state(tmp_path), last_state(of_two[0])
+    assert alone["step"] == shared["step"] == 66
+    for name in ("params", "batch_stats"):
+        a, b = (jax.tree.leaves(state[name]) for state in (alone, shared))
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_that_is_told_to_stop_stops_both_and_they_go_on(
+    of_two, tmp_path, data_dir
+):
+    ends = train_in_two(["end", "terminate12"], tmp_path, data_dir)
+    steps = set()
+    for status, output, error in ends:
+        assert status == 0, error
+        steps |= set(re.findall(r"asked to stop: saved after step (\d+) of 66", output))
+    assert len(steps) == 1
+
+    began = time.monotonic()
+    (alive, output, error), (dead, *_) = train_in_two(
+        ["end", "kill9"], tmp_path, data_dir
+    )
+    assert dead == -9
+    assert alive != 0
+    assert re.search("one of the 2 processes seems to be lost|another task died", error)
+    assert time.monotonic() - began < 60 + 2 * processes.HEARTBEAT_SECONDS
+
+    ends = train_in_two(["end", "end"], tmp_path, data_dir)
+    for (status, _, error), undisturbed in zip(ends, of_two[1], strict=True):
+        assert status == 0, error
+    assert fingerprints(ends[0][1])[-1] == fingerprints(of_two[1][0][1])[-1]
