@@ -1,9 +1,10 @@
 """Encoded images to pixels: JPEG by libjpeg-turbo, what else there is by Pillow.
 
 A crop costs less than its image. Of a JPEG, the rows below the crop are not decoded,
-and a crop of at least twice the wanted size is decoded at 1/2, 1/4 or 1/8 of its size.
-Other formats are decoded whole, and averaged over blocks to the same end. The rest of
-the way to the wanted size, less than a factor of two, is linear interpolation.
+colour that was stored at half the resolution is repeated, not interpolated, and a crop
+of at least twice the wanted size is decoded at 1/2, 1/4 or 1/8 of its size. Other
+formats are decoded whole, and averaged over blocks to the same end. The rest of the way
+to the wanted size, less than a factor of two, is linear interpolation.
 
 EXIF orientation is not looked at.
 """
@@ -30,7 +31,6 @@ START_OF_JPEG = b"\xff\xd8\xff"
 BASELINE, SCAN, RESTARTS = (0xC0, 0xC1), 0xDA, 0xDD  # markers of segments in a JPEG
 DAMAGE = ("Corrupt JPEG data", "Premature end")  # how libjpeg-turbo's words begin
 SMALLEST = 8  # a JPEG is decoded at 1/8 of its size, or more
-MARGIN = 16  # rows that are decoded below a crop: its last ones draw colour from them
 
 cv2.setNumThreads(0)  # callers have processes and threads of their own
 
@@ -134,7 +134,7 @@ def _resized(
     """A part of an image of known size, resized to a square."""
     side = min(box.right - box.left, box.bottom - box.top)
     factor = 2 ** max(0, math.floor(math.log2(side / size)))
-    rows = min(height, math.ceil(box.bottom) + MARGIN * factor)
+    rows = math.ceil(box.bottom / factor) * factor
     pixels = _read(encoded, channels, height, width, factor, rows)
     return _interpolate(pixels, Box(*(edge / factor for edge in box)), size)
 
@@ -184,14 +184,14 @@ def _read(
         height: Of the image in the file.
         width: Of the image in the file.
         factor: How many times smaller the result is: a power of two.
-        rows: How many of the image's rows the result needs; it may have more.
+        rows: For a crop, how many of the image's rows it needs; there may be more.
 
     Returns:
         uint8 [at least rows / factor, width / factor, channels], rounded up.
     """
     if encoded.startswith(START_OF_JPEG):
         scale = min(factor, SMALLEST)
-        pixels = _read_jpeg(encoded, channels, height, width, scale, rows or height)
+        pixels = _read_jpeg(encoded, channels, height, width, scale, rows)
         if pixels is not None:
             return _averaged(pixels, factor // scale)
     with _opened(encoded) as image:
@@ -209,16 +209,18 @@ def _averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _read_jpeg(
-    encoded: bytes, channels: int, height: int, width: int, scale: int, rows: int
+    encoded: bytes, channels: int, height: int, width: int, scale: int, rows: int | None
 ) -> np.ndarray | None:
     """The same at 1, 1/2, 1/4 or 1/8 of the size, or None if Pillow has to try."""
-    cut = _cut_below(encoded, rows) if rows < height else None
-    shape = (math.ceil((rows if cut else height) / scale), math.ceil(width / scale))
+    cut = _cut_below(encoded, rows) if rows and rows < height else None
+    height = rows if rows and cut else height
+    shape = (math.ceil(height / scale), math.ceil(width / scale))
     pixels = np.empty((*shape, channels), np.uint8)
     try:
         simplejpeg.decode_jpeg(
             cut or encoded,
             COLOURS[channels],
+            fastupsample=rows is not None,
             min_height=shape[0],
             min_width=shape[1],
             min_factor=scale,

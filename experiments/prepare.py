@@ -1,12 +1,18 @@
-"""Prepares a data set without a download: Fashion-MNIST, or a rehearsal of ImageNet.
+"""Prepares data sets without a download and without TensorFlow.
+
+Fashion-MNIST, from the files of a Debian package:
 
 apt-get install dataset-fashion-mnist
 python experiments/prepare.py --name=fashion_mnist
 
+A few synthetic images in the layout of TFDS's ImageNet, to try everything that touches
+its files before the real ones are there:
+
 python experiments/prepare.py --name=imagenet_rehearsal --data_dir=/tmp/rehearsal
 
-The second writes a few synthetic images in the layout of TFDS's ImageNet, to try
-everything that touches its files before the real ones are there.
+Any data set that TFDS prepared as TFRecord, as files that can be read in any order:
+
+python experiments/prepare.py --name=from_tfrecord --source=... --data_dir=...
 """
 
 import contextlib
@@ -21,6 +27,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
 from builders.fashion_mnist import SOURCE, FashionMnist
+from builders.from_tfrecord import convert
 from builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
 from errors import UserError
 
@@ -77,6 +84,28 @@ def prepare_imagenet_rehearsal(
     if not there:
         write(ImagenetRehearsal(images=images, seed=seed, **options))
     return report(ImagenetRehearsal.name, data_dir, there is not None, IMAGENET)
+
+
+def prepare_from_tfrecord(source: str | None, data_dir: str | None) -> str:
+    """Writes the records of a data set again, in files that have random access.
+
+    Args:
+        source: The folder of one version of the data set.
+        data_dir: Where TFDS will look for it.
+
+    Returns:
+        What is there now.
+
+    Raises:
+        UserError: If a folder is missing, or is not what it should be.
+    """
+    if not source or not data_dir:
+        raise UserError(
+            "--name=from_tfrecord needs --source=... and --data_dir=...: the folder of "
+            "one version of the data set, and another one to write it to"
+        )
+    path = convert(pathlib.Path(source).expanduser(), pathlib.Path(data_dir))
+    return f"converted: {path}; use it with --config.data.dir={shlex.quote(data_dir)}"
 
 
 def refuse_imagenet(data_dir: str) -> None:
@@ -141,13 +170,19 @@ def report(name: str, data_dir: str | None, before: bool, command: str) -> str:
 
 
 NAME = flags.DEFINE_enum(
-    "name", None, ["fashion_mnist", "imagenet_rehearsal"], "The data set."
+    "name",
+    None,
+    ["fashion_mnist", "imagenet_rehearsal", "from_tfrecord"],
+    "The data set, or where it comes from.",
 )
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where it is written; by default where TFDS keeps its data sets."
 )
 SOURCE_DIR = flags.DEFINE_string(
-    "source", SOURCE, "The folder of Fashion-MNIST's four files."
+    "source",
+    None,
+    "The folder of Fashion-MNIST's four files, by default that of Debian's package; "
+    "for from_tfrecord the folder of one version of a data set.",
 )
 IMAGES = {
     split: flags.DEFINE_integer(
@@ -166,7 +201,9 @@ def main(argv: list[str]) -> None:
         if argv[1:]:
             raise UserError(f"unknown argument {argv[1]!r}: --help lists the flags")
         if NAME.value == "fashion_mnist":
-            print(prepare_fashion_mnist(SOURCE_DIR.value, data_dir))
+            print(prepare_fashion_mnist(SOURCE_DIR.value or SOURCE, data_dir))
+        elif NAME.value == "from_tfrecord":
+            print(prepare_from_tfrecord(SOURCE_DIR.value, data_dir))
         else:
             images = {split: flag.value for split, flag in IMAGES.items()}
             print(prepare_imagenet_rehearsal(data_dir, images, SEED.value))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import data_sources
+import imagenet_st3
 import prepare
 from builders.fashion_mnist import FashionMnist, read_idx
 from builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
@@ -298,6 +301,110 @@ def test_what_cannot_be_read_is_named(fashion, tmp_path):
         text = file.read_text().replace('"array_record"', '"tfrecord"')
         (version / file.name).write_text(text)
     refused("holds files of the format tfrecord, which cannot be read without TensorF")
+
+
+def as_tfrecord(builder, folder):
+    """The data set as TFDS writes it by default: records behind length and checksum."""
+    old = pathlib.Path(builder.data_path)
+    folder.mkdir(parents=True)
+    for path in old.iterdir():
+        if ".array_record-" not in path.name:
+            text = path.read_text().replace('"array_record"', '"tfrecord"')
+            (folder / path.name).write_text(text)
+    for split in builder.info.splits:
+        source = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        name = builder.info.splits[split].filenames[0]
+        with (folder / name.replace(".array_record-", ".tfrecord-")).open("wb") as file:
+            for record in source:
+                length = struct.pack("<Q", len(record))
+                file.write(length + checksum(length) + record + checksum(record))
+    return folder
+
+
+def crc_of_byte(crc):
+    for _ in range(8):
+        crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
+
+
+CRC_OF_BYTE = [crc_of_byte(byte) for byte in range(256)]
+
+
+def checksum(data):
+    """TFRecord's masked CRC-32C."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ CRC_OF_BYTE[(crc ^ byte) & 255]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def imagenet(folder, **data):
+    """The configuration of ImageNet, small."""
+    config = imagenet_st3.get_config()
+    config.data.dir = str(folder)
+    config.data.update(image_size=32, workers=0, **data)
+    config.batch_size = 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def old(rehearsal, tmp_path_factory):
+    """A rehearsal in TFRecord."""
+    data_dir = tmp_path_factory.mktemp("old")
+    builder = tfds.builder("imagenet2012", data_dir=rehearsal)
+    return data_dir, as_tfrecord(builder, data_dir / builder.info.full_name)
+
+
+def test_tfrecords_are_told_with_the_command_that_converts_them(old):
+    with pytest.raises(UserError) as error:
+        data_sources.load(imagenet(old[0]))
+    assert "files of the format tfrecord, which cannot be read in any" in str(
+        error.value
+    )
+    command = f"experiments/prepare.py --name=from_tfrecord --source={old[1]} --data_d"
+    assert command in str(error.value)
+
+
+def test_converted_records_are_the_same(old, rehearsal, tmp_path):
+    report = prepare.prepare_from_tfrecord(str(old[1]), str(tmp_path))
+    assert f"--config.data.dir={tmp_path}" in report
+    builder = tfds.builder("imagenet2012", data_dir=tmp_path)
+    assert builder.info.file_format.value == "array_record"
+    assert builder.info.features["label"].names[0] == "n01440764"
+    for split, count in IMAGES.items():
+        before, after = (
+            x.as_data_source(split, decoders=SKIP_DECODING)
+            for x in (tfds.builder("imagenet2012", data_dir=rehearsal), builder)
+        )
+        assert len(before) == len(after) == count
+        assert [dict(x) for x in before] == [dict(x) for x in after]
+    assert len(data_sources.load(imagenet(tmp_path)).train) == IMAGES["train"]
+    with pytest.raises(UserError, match="is there already: remove it to convert again"):
+        prepare.prepare_from_tfrecord(str(old[1]), str(tmp_path))
+
+
+def test_a_shard_that_is_cut_off_is_named_and_leaves_nothing(old, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(old[1], cut)
+    shard = next(cut.glob("*-train.tfrecord-*"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"\d+ whole records, not 60: it is") as error:
+        prepare.prepare_from_tfrecord(str(cut), str(tmp_path / "new"))
+    assert str(shard) in str(error.value)
+    assert not list((tmp_path / "new" / "imagenet2012").iterdir())
+
+
+def test_what_is_not_tfrecord_is_not_converted(rehearsal, tmp_path):
+    made = list(rehearsal.glob("imagenet2012/*"))
+    with pytest.raises(UserError, match="of the format array_record, not tfrecord"):
+        prepare.prepare_from_tfrecord(str(made[0]), str(tmp_path))
+    with pytest.raises(UserError, match="holds no data set of TFDS"):
+        prepare.prepare_from_tfrecord(str(tmp_path), str(tmp_path))
+    with pytest.raises(UserError, match=r"from_tfrecord needs --source=\.\.\. and"):
+        prepare.prepare_from_tfrecord(None, str(tmp_path))
 
 
 def command(*arguments, cwd=None):
