@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,9 @@ from st3jax.trees import named_leaves
 
 __all__ = [
     "claim_workdir",
+    "closing",
     "open_checkpoints",
+    "quiet_unraisable",
     "replace_file",
     "restore",
     "save",
@@ -56,7 +59,14 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
             f"the workdir {workdir} cannot be written to ({error.strerror}): choose "
             "another with --workdir=..."
         ) from None
-    there, here = (_flat(json.loads(text)) for text in (claim.read_text(), settings))
+    try:
+        there = _flat(json.loads(claim.read_text()))
+    except ValueError:
+        raise UserError(
+            f"{claim} is damaged: choose another workdir with --workdir=..., or remove "
+            "that file if the run is of the settings given here"
+        ) from None
+    here = _flat(json.loads(settings))
     differing = [
         f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
@@ -80,7 +90,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def replace_file(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a kill leaves either the old or the new one, whole."""
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave an empty file
     os.replace(draft, path)
 
 
@@ -137,6 +150,23 @@ def wait(checkpoints: ocp.CheckpointManager) -> None:
 
 
 @contextlib.contextmanager
+def closing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    """Waits at the end for what is being written.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # another one of the same kind
+            checkpoints.close()
+        raise
+    with writing(checkpoints.directory):
+        checkpoints.close()
+
+
+@contextlib.contextmanager
 def writing(folder: Any) -> Iterator[None]:
     """Says in a sentence why something could not be written to a folder.
 
@@ -148,7 +178,7 @@ def writing(folder: Any) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"writing to {folder} failed ({lines[-1][:300]}): the checkpoints before "
+            f"writing to {folder} failed ({lines[-1][-200:]}): the checkpoints before "
             "are intact; make room, and the same command goes on from the last one"
         ) from error
 
@@ -180,6 +210,16 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any, console: Console) ->
     return _from_first_process(state) if jax.process_count() > 1 else state
 
 
+def quiet_unraisable(unraisable: Any) -> None:
+    """As ``sys.unraisablehook``: leaves out what only follows an error that is told.
+
+    If one of many arrays cannot be read or written, Orbax raises and closes its event
+    loop, and every other array would print a traceback about that.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
     damaged = []
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -208,7 +248,10 @@ def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) ->
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
-    there, here = _shapes(checkpoints.item_metadata(step)["state"]), _shapes(state)
+    metadata = checkpoints.item_metadata(step)["state"]
+    if metadata is None:
+        raise ValueError("its metadata are missing")
+    there, here = _shapes(metadata), _shapes(state)
     for name in here | there:
         if here.get(name) != there.get(name):
             stored, expected = there.get(name, "absent"), here.get(name, "absent")

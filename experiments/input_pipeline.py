@@ -5,7 +5,11 @@ not by how many processes share it or by how many workers decode it. So the posi
 the input is the number of batches taken, and a run can go on with other machines.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from typing import Any
 
 import grain
@@ -81,14 +85,33 @@ def _iterate(stream: Any, config: ml_collections.ConfigDict) -> Any:
         return stream.to_iter_dataset(grain.ReadOptions(0, 0))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     workers = grain.MultiprocessingOptions(config.data.workers)
-    return stream.to_iter_dataset(ahead).mp_prefetch(workers)
+    if workers.num_workers:
+        # What a stopped run has read ahead is freed by Python, which need not say so.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    return stream.to_iter_dataset(ahead).mp_prefetch(workers, _obey_parent)
 
 
-def train_batches(data: Data, config: ml_collections.ConfigDict, start: int) -> Any:
-    """This process's part of every batch after the first ``start``, without end.
+def _obey_parent(worker: int, workers: int) -> None:
+    """Leaves signals to the parent of this worker process, and ends when it does."""
+    del worker, workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    Each epoch has every image once, in another order and cropped otherwise, but for
-    those that fill no batch.
+    def outlive(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=outlive, args=[parent], daemon=True).start()
+
+
+def train_batches(
+    data: Data, config: ml_collections.ConfigDict, start: int, stop: int | None = None
+) -> Any:
+    """This process's part of the batches from number ``start`` to before ``stop``.
+
+    Without ``stop`` they do not end. Each epoch has every image once, in another order
+    and cropped otherwise, but for those that fill no batch.
 
     Returns:
         Grain iterator, to be closed after use, of ``{"image": uint8 [B, H, W, C],
@@ -98,17 +121,14 @@ def train_batches(data: Data, config: ml_collections.ConfigDict, start: int) -> 
     images = steps_per_epoch(data, config) * config.batch_size
     order = grain.MapDataset.range(len(data.train)).seed(config.seed).shuffle()
     stream = _stream(data.train, order[:images], config, train=True)
-    return iter(_iterate(stream.repeat()[start:], config))
+    return iter(_iterate(stream.repeat()[start:stop], config))
 
 
-def test_batches(
-    data: Data, config: ml_collections.ConfigDict
-) -> Iterator[dict[str, Any]]:
+def test_batches(data: Data, config: ml_collections.ConfigDict) -> Any:
     """This process's part of the test images: each exactly once over all processes.
 
     Returns:
-        Iterator of batches as from ``train_batches``; what fills up the last one is
-        not valid.
+        Iterator as from ``train_batches``; what fills up the last batch is not valid.
     """
     batches = -(-len(data.test) // config.batch_size)
     order = grain.MapDataset.range(batches * config.batch_size).seed(config.seed)

@@ -1,12 +1,15 @@
 """What a person sees while a run goes on: a progress bar, log files, TensorBoard."""
 
+import contextlib
+import functools
 import json
 import pathlib
+import socket
+import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import tensorboardX
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,8 +18,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
-from checkpoints import replace_file
+from checkpoints import replace_file, writing
 
 __all__ = ["Monitor", "read_metrics"]
 
@@ -41,11 +47,18 @@ class Monitor:
         """Continues the logs of a run at step ``start`` of ``total``."""
         kept = [row for row in read_metrics(workdir) if row["step"] <= start]
         lines = "".join(json.dumps(row) + "\n" for row in kept)
-        replace_file(workdir / METRICS, lines)
-        self._file = (workdir / METRICS).open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start
-        )
+        folder = workdir / "tensorboard"
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._writing = functools.partial(writing, workdir)
+        with self._writing():
+            replace_file(workdir / METRICS, lines)
+            self._file = (workdir / METRICS).open("a")
+            folder.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: its thread ends on a full disk, and
+            # who waits for the thread waits for ever.
+            self._events = RecordWriter(str(folder / name))
+            self._event(0, file_version="brain.Event:2")
+            self._event(start, session_log=SessionLog(status=SessionLog.START))
         self._progress = Progress(
             TaskProgressColumn(),
             BarColumn(bar_width=None),
@@ -70,15 +83,18 @@ class Monitor:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._tensorboard.close()
-        self._file.close()
+        for file in (self._events, self._file):
+            with contextlib.suppress(OSError) if error else self._writing():
+                file.close()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes metrics to the log files and moves the progress bar to ``step``."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._event(step, summary=scalar(name, value))
+            self._events.flush()
         self._shown |= metrics
         status = " ".join(
             text.format(self._shown[name])
@@ -86,6 +102,10 @@ class Monitor:
             if name in self._shown
         )
         self._progress.update(self._task, completed=step, status=status)
+
+    def _event(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -106,10 +106,11 @@ def evaluate(
     if fixed:
         networks.pop("dense_test", None)  # zeros are zeros in the raw weights, too
     sums: dict[str, list[Any]] = {name: [] for name in networks}
-    for batch in input_pipeline.test_batches(data, config):
-        parts = split_over_devices(batch)
-        for name, variables in networks.items():
-            sums[name].append(programs.eval_step(variables, parts))
+    with contextlib.closing(input_pipeline.test_batches(data, config)) as batches:
+        for batch in batches:
+            parts = split_over_devices(batch)
+            for name, variables in networks.items():
+                sums[name].append(programs.eval_step(variables, parts))
     metrics = {"sparsity": programs.sparsity(state)}
     for name, parts in jax.device_get(sums).items():
         total = jax.tree.map(lambda *xs: float(sum(x[0] for x in xs)), *parts)
@@ -188,12 +189,17 @@ def train_and_evaluate(
             training runs into numbers that are not finite.
         Stopped: If the run was asked to stop, and its state is saved.
     """
-    with _folder_of_this_process(workdir) as workdir:
-        return _train_and_evaluate(config, workdir)
+    with (
+        _folder_of_this_process(workdir) as workdir,
+        processes.asked_to_stop() as asked_to_stop,
+    ):
+        return _train_and_evaluate(config, workdir, asked_to_stop)
 
 
 def _train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    asked_to_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
     check_config(config)
@@ -228,12 +234,11 @@ def _train_and_evaluate(
     names = finite_names(state)
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
     with (
-        manager,
+        checkpoints.closing(manager),
         contextlib.closing(
-            input_pipeline.train_batches(data, config, start)
+            input_pipeline.train_batches(data, config, start, steps)
         ) as batches,
         Monitor(workdir, console, start, steps) as monitor,
-        processes.asked_to_stop() as asked_to_stop,
     ):
         recent: list[Any] = []
         since, waited = time.monotonic(), 0.0
@@ -349,6 +354,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # errors are told in a sentence
+    sys.unraisablehook = checkpoints.quiet_unraisable
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

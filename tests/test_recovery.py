@@ -1,0 +1,522 @@
+"""What kills, damage, full disks and spoiled numbers leave of a run."""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+from training import command, last_state, leaves, same_bits, tiny
+
+import checkpoints
+import input_pipeline
+import monitor
+import processes
+import steps
+import train
+from errors import Stopped, UserError
+
+STEPS = 66
+# Of many arrays that cannot be read, Orbax raises for one, and is gone when the others
+# want to tell.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
+SPEED = ("images_per_second", "input_wait")
+
+
+# A small tree, saved and read again.
+
+
+def small(step):
+    """A state with the bits that are lost most easily."""
+    key = jax.random.key(step)
+    return {
+        "step": jnp.int32(step),
+        "kernel": jax.random.normal(key, (17, 3)),
+        "half": jnp.arange(5, dtype=jnp.bfloat16) * step,
+        "special": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42]),
+        "empty": {},
+    }
+
+
+def read(workdir):
+    """What a start finds, and what it says."""
+    said = io.StringIO()
+    with checkpoints.open_checkpoints(workdir) as manager:
+        state = checkpoints.restore(manager, small(0), Console(file=said, width=999))
+    return leaves(state), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def three_saves(tmp_path_factory):
+    """A workdir with the checkpoints of steps 2 and 3; the one of step 1 is gone."""
+    workdir = tmp_path_factory.mktemp("saves")
+    with checkpoints.open_checkpoints(workdir) as manager:
+        for step in (1, 2, 3):
+            checkpoints.save(manager, step, small(step))
+        checkpoints.wait(manager)
+    assert {x.name for x in (workdir / "checkpoints").iterdir()} == {"2", "3"}
+    return workdir
+
+
+def inside(workdir, step="3"):
+    """Paths of all files of a checkpoint, and of its folders, within the workdir."""
+    paths = sorted((workdir / "checkpoints" / step).rglob("*"))
+    files = [x.relative_to(workdir) for x in paths if x.is_file()]
+    folders = [x.relative_to(workdir) for x in paths if x.is_dir()]
+    assert len(files) > 8
+    return files, folders
+
+
+@contextlib.contextmanager
+def copied(workdir):
+    """A copy of a workdir, next to it."""
+    copy = workdir.with_name(f"{workdir.name}-copy")
+    shutil.copytree(workdir, copy)
+    try:
+        yield copy
+    finally:
+        shutil.rmtree(copy)
+
+
+def flip(path, byte, bit=4):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+HARMS = {
+    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+    "flipped": lambda path: flip(path, path.stat().st_size // 2),
+}
+
+
+def expect_the_same_or_the_one_before(workdir):
+    """Never other bits, never a checkpoint left out in silence; which it was."""
+    found, said = read(workdir)
+    step = int(found["['step']"])
+    assert same_bits(found, leaves(small(step)))
+    if step == 3:
+        assert "warning" not in said
+    else:
+        assert step == 2
+        assert "warning: the checkpoint of step 3 is damaged" in said
+        assert "going on from the one of step 2" in said
+        assert read(workdir)[1] == ""  # what is damaged is gone
+    return step
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_any_file_of_a_checkpoint_may_be_damaged(three_saves, harm):
+    fell_back = set()
+    for path in inside(three_saves)[0]:
+        with copied(three_saves) as workdir:
+            HARMS[harm](workdir / path)
+            if expect_the_same_or_the_one_before(workdir) == 2:
+                fell_back.add(path.parts[3])
+    assert {"_METADATA", "metadata", "d", "manifest.ocdbt"} <= fell_back
+
+
+def test_any_folder_of_a_checkpoint_may_be_gone(three_saves):
+    folders = inside(three_saves)[1]
+    found = {}
+    for path in folders:
+        with copied(three_saves) as workdir:
+            shutil.rmtree(workdir / path)
+            found[path.name] = expect_the_same_or_the_one_before(workdir)
+    assert found["state"] == found["digest"] == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_bit_of_a_checkpoint_may_flip(three_saves, data):
+    path = data.draw(st.sampled_from(inside(three_saves)[0]))
+    size = (three_saves / path).stat().st_size
+    byte, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7))
+    with copied(three_saves) as workdir:
+        flip(workdir / path, byte, bit)
+        expect_the_same_or_the_one_before(workdir)
+
+
+def test_other_bits_than_were_written_are_damage(three_saves):
+    with copied(three_saves) as workdir:
+        path = workdir / "checkpoints" / "3" / "digest" / "metadata"
+        digest = json.loads(path.read_text())
+        digest["blake2b"] = digest["blake2b"][::-1]
+        path.write_text(json.dumps(digest))
+        assert expect_the_same_or_the_one_before(workdir) == 2
+
+
+def test_only_damaged_checkpoints_end_in_one_sentence(three_saves):
+    with copied(three_saves) as workdir:
+        for step in ("2", "3"):
+            (workdir / "checkpoints" / step / "state" / "manifest.ocdbt").unlink()
+        there = sorted((workdir / "checkpoints").rglob("*"))
+        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged") as x:
+            read(workdir)
+        assert "remove that folder" in str(x.value)
+        assert "\n" not in str(x.value)
+        assert sorted((workdir / "checkpoints").rglob("*")) == there
+
+
+def test_a_checkpoint_of_another_model_is_not_damage(three_saves):
+    with copied(three_saves) as workdir:
+        other = small(0) | {"kernel": jnp.zeros((17, 4))}
+        with (
+            checkpoints.open_checkpoints(workdir) as manager,
+            pytest.raises(UserError, match="of another model") as error,
+        ):
+            checkpoints.restore(manager, other, Console(quiet=True))
+        assert "kernel is (17, 3) there and (17, 4) here" in str(error.value)
+        assert expect_the_same_or_the_one_before(workdir) == 3
+
+
+def test_an_unfinished_save_is_no_checkpoint(three_saves):
+    with copied(three_saves) as workdir:
+        folder = workdir / "checkpoints"
+        shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp")
+        assert expect_the_same_or_the_one_before(workdir) == 3
+        assert {x.name for x in folder.iterdir()} == {"2", "3"}
+
+
+def test_steps_after_a_damaged_checkpoint_are_saved_again(three_saves):
+    with copied(three_saves) as workdir:
+        HARMS["empty"](workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt")
+        read(workdir)
+        with checkpoints.open_checkpoints(workdir) as manager:
+            checkpoints.save(manager, 3, small(3))
+            checkpoints.wait(manager)
+        assert expect_the_same_or_the_one_before(workdir) == 3
+
+
+# Other files in the workdir.
+
+
+def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.os, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.claim_workdir(tmp_path, tiny())
+        assert not (tmp_path / "config.json").exists()
+    checkpoints.claim_workdir(tmp_path, tiny())
+    there = (tmp_path / "config.json").read_text()
+    assert json.loads(there)["seed"] == tiny().seed
+    checkpoints.claim_workdir(tmp_path, tiny())
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        checkpoints.claim_workdir(tmp_path, tiny(seed=4))
+    assert (tmp_path / "config.json").read_text() == there
+    (tmp_path / "config.json").write_text(there[:-9])
+    with pytest.raises(UserError, match="config.json is damaged: choose another work"):
+        checkpoints.claim_workdir(tmp_path, tiny())
+
+
+def test_metrics_survive_a_kill_at_any_byte_and_at_the_next_start(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / monitor.METRICS
+    rows = [{"step": step, "train_loss": 0.1 * step} for step in (11, 22, 33)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    whole = "".join(lines)
+    for size in range(len(whole) + 1):
+        path.write_text(whole[:size])
+        kept = monitor.read_metrics(tmp_path)
+        assert kept == rows[: len(kept)]
+        assert len(kept) >= whole[:size].count("\n")
+
+    path.write_text(whole + '{"step": 44, "tra')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    quiet = Console(quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            monitor.Monitor(tmp_path, quiet, 22, 66)
+    assert monitor.read_metrics(tmp_path) == rows
+    with monitor.Monitor(tmp_path, quiet, 22, 66) as logs:
+        assert path.read_text() == "".join(lines[:2])
+        logs.record(33, {"train_loss": 0.5})
+        assert monitor.read_metrics(tmp_path)[2:] == [{"step": 33, "train_loss": 0.5}]
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """Files that grow past this many bytes refuse to, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_logs_on_a_full_disk_end_in_one_sentence(tmp_path):
+    refused = pytest.raises(UserError, match="the checkpoints before are intact")
+    logs = monitor.Monitor(tmp_path, Console(quiet=True), 0, 10_000)
+    with no_file_above(16384), refused as error, logs:  # and does not wait for ever
+        for step in range(1, 10_000):
+            logs.record(step, {"train_loss": 1.0, "sparsity": 0.5})
+    assert str(error.value).startswith(f"writing to {tmp_path} failed")
+    rows = monitor.read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) > 50
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_second_ends(number):
+    def ends(*_):
+        raise InterruptedError
+
+    before = signal.signal(number, ends)
+    try:
+        with processes.asked_to_stop() as asked_to_stop:
+            assert not asked_to_stop(1)
+            os.kill(os.getpid(), number)
+            assert asked_to_stop(2)
+            assert asked_to_stop(3)
+            with pytest.raises(InterruptedError):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is ends
+    finally:
+        signal.signal(number, before)
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where data sets and compiled programs are kept: nothing compiles twice."""
+    folder = tmp_path_factory.mktemp("kept")
+    options = {
+        "jax_compilation_cache_dir": str(folder / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+        yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def overrides(folder):
+    """What all runs here change: eleven steps between saves."""
+    return {"checkpoint_every_epochs": 0.5, "data.dir": str(folder / "data")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, overrides):
+    """The workdir of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train.train_and_evaluate(tiny(**overrides), workdir)
+    return workdir
+
+
+def expect_the_same_end(workdir, undisturbed):
+    """The same bits in every array, and the same results of tests."""
+    (step, state), (end, expected) = last_state(workdir), last_state(undisturbed)
+    assert step == end == STEPS
+    assert len(state) > 80
+    assert same_bits(state, expected)
+    tests = [row for row in metrics(undisturbed) if "test_loss" in row]
+    assert [row for row in metrics(workdir) if "test_loss" in row] == tests
+    assert len(tests) == 3
+
+
+def metrics(workdir):
+    """The rows of metrics, without what is never the same."""
+    return [
+        {name: value for name, value in row.items() if name not in SPEED}
+        for row in monitor.read_metrics(workdir)
+    ]
+
+
+def names(workdir):
+    """What is in the folder of checkpoints."""
+    folder = workdir / "checkpoints"
+    return {x.name for x in folder.iterdir()} if folder.is_dir() else set()
+
+
+def at_step(monkeypatch, number, act):
+    """From now on ``act`` is done to the batch of this step."""
+    train_batches = input_pipeline.train_batches
+
+    def patched(data, config, start, *stop):
+        with contextlib.closing(train_batches(data, config, start, *stop)) as batches:
+            for step, batch in enumerate(batches, start + 1):
+                yield act(batch) if step == number else batch
+
+    monkeypatch.setattr(input_pipeline, "train_batches", patched)
+
+
+def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(
+    undisturbed, overrides, tmp_path
+):
+    run = subprocess.Popen(
+        command(tmp_path, **overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    def saving():
+        now = names(tmp_path)
+        return any(x.isdigit() for x in now) and not all(x.isdigit() for x in now)
+
+    while run.poll() is None:
+        if saving():
+            run.send_signal(signal.SIGSTOP)
+            if saving():  # still, and for good
+                run.kill()
+            run.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    output = run.communicate()[0].decode()
+    assert run.returncode == -signal.SIGKILL, output
+    assert saving()
+    assert not (tmp_path / "report.json").exists()
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert all(x.isdigit() for x in names(tmp_path))
+    expect_the_same_end(tmp_path, undisturbed)
+    assert metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_another_time(
+    undisturbed, overrides, tmp_path, monkeypatch, capsys
+):
+    run = subprocess.Popen(
+        command(tmp_path, **overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while run.poll() is None and not monitor.read_metrics(tmp_path):
+        time.sleep(0.001)
+    run.terminate()
+    stdout, stderr = run.communicate()
+    assert (run.returncode, stderr) == (0, "")
+    step = max(int(x) for x in names(tmp_path))
+    told = f"asked to stop: saved after step {step} of {STEPS}; the same command goes"
+    assert told in " ".join(stdout.split())
+
+    def interrupt(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return batch
+
+    with monkeypatch.context() as patch:
+        at_step(patch, step + 3, interrupt)
+        with pytest.raises(Stopped, match=f"saved after step {step + 3} of {STEPS}"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert str(step + 3) in names(tmp_path)
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert f"{step + 3} to {STEPS}, 22 an epoch" in capsys.readouterr().out
+    expect_the_same_end(tmp_path, undisturbed)
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+    undisturbed, overrides, tmp_path, capsys
+):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (data,) = (tmp_path / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
+    flip(data, data.stat().st_size // 2)
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    said = capsys.readouterr().out
+    assert f"the checkpoint of step {STEPS} is damaged" in said
+    assert f"{STEPS - 11} to {STEPS}, 22 an epoch" in said
+    expect_the_same_end(tmp_path, undisturbed)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(undisturbed, overrides, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+    limited = (
+        "import resource, subprocess, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", limited, *command(tmp_path, **overrides)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: writing to {tmp_path}")
+    assert run.stderr.count("\n") == 1
+    assert {x for x in names(tmp_path) if x.isdigit()} == {str(STEPS - 11)}
+    with copied(undisturbed) as expected:
+        shutil.rmtree(expected / "checkpoints" / str(STEPS))
+        step, state = last_state(expected)
+        assert last_state(tmp_path)[0] == step == STEPS - 11
+        assert same_bits(last_state(tmp_path)[1], state)
+
+
+# Numbers that are not finite.
+
+
+def poison(monkeypatch, step):
+    """Makes the numbers of one batch NaN, where the network sees them."""
+    augment = steps.augment
+
+    def poisoned(images, key, config):
+        plain = images.max() == images.min()
+        return jnp.where(plain, jnp.nan, augment(images, key, config))
+
+    def spoil(batch):
+        return batch | {"image": np.zeros_like(batch["image"])}
+
+    monkeypatch.setattr(steps, "augment", poisoned)
+    at_step(monkeypatch, step, spoil)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(
+    undisturbed, overrides, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        poison(patch, 30)
+        with pytest.raises(UserError) as error:
+            train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert "step 30, whose loss is nan" in str(error.value)
+    assert "the activations at stage1_block1_norm1/mean" in str(error.value)
+    assert names(tmp_path) == {"11", "22"}
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    expect_the_same_end(tmp_path, undisturbed)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(overrides, tmp_path, monkeypatch):
+    poison(monkeypatch, 30)
+    config = tiny(**overrides, not_finite="skip")
+    report = train.train_and_evaluate(config, tmp_path)
+    rows = [row for row in metrics(tmp_path) if "train_loss" in row]
+    assert [row.get("skipped_steps", 0) for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert all(np.isfinite(row["train_loss"]) for row in rows)
+    step, state = last_state(tmp_path)
+    assert step == STEPS
+    assert all(np.isfinite(leaf).all() for leaf in state.values())
+    assert report["test_accuracy"] > 0.3
