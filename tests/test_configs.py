@@ -19,7 +19,7 @@ EXPERIMENTS = pathlib.Path(base_config.__file__).parent
 CONFIGS = sorted(path.stem for path in EXPERIMENTS.glob("*_st3.py"))
 SHAPES = {  # configuration: channels, classes, kernel weights
     "digits_st3": (1, 10, 43_500),
-    "fashion_mnist_st3": (1, 10, 77_072),
+    "fashion_mnist_st3": (1, 10, 43_500),
     "cifar10_st3": (3, 10, 270_896),
     "cifar100_st3": (3, 100, 1_862_576),
     "imagenet_st3": (3, 1000, 25_502_912),

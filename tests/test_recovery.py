@@ -227,7 +227,7 @@ def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
         checkpoints.claim_workdir(tmp_path, tiny(seed=4))
     assert (tmp_path / "config.json").read_text() == there
     (tmp_path / "config.json").write_text(there[:-9])
-    with pytest.raises(UserError, match="config.json is damaged: choose another work"):
+    with pytest.raises(UserError, match=r"config\.json is damaged: choose another"):
         checkpoints.claim_workdir(tmp_path, tiny())
 
 
