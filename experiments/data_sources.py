@@ -102,6 +102,7 @@ class _Folder:
         self.files = [
             (f"{name}/{file}", label)
             for label, name in enumerate(classes)
+            if (root / name).is_dir()
             for file in sorted(_visible(root / name, folders=False))
         ]
 
@@ -141,9 +142,7 @@ def _open_folder(config: ml_collections.ConfigDict) -> Data:
             f"the class {strangers[0]!r} is in {splits[1]} but not in {splits[0]}: "
             "every class to test on is one to train on"
         )
-    known = set(_visible(splits[1], folders=True))
-    train = _Folder(splits[0], classes)
-    test = _Folder(splits[1], [name for name in classes if name in known])
+    train, test = (_Folder(split, classes) for split in splits)
     return Data(train, test, len(classes))
 
 
