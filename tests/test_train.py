@@ -61,9 +61,21 @@ def last_state(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """The workdir and the report of a run that nothing disturbed."""
+    """The workdir and the report of an undisturbed run, with its replicas compared."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, train.train_and_evaluate(tiny(), workdir)
+    unreplicate, compared = train.jax_utils.unreplicate, []
+
+    def compare(tree):
+        for leaf in jax.tree.leaves(jax.device_get(tree)):
+            compared.append({replica.tobytes() for replica in leaf})
+            assert len(leaf) == 8
+        return unreplicate(tree)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.jax_utils, "unreplicate", compare)
+        report = train.train_and_evaluate(tiny(), workdir)
+    assert {len(replicas) for replicas in compared} == {1}
+    return workdir, report
 
 
 def test_the_report_says_what_was_trained(finished):
