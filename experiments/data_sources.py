@@ -195,15 +195,10 @@ def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:
     """The builder of the files that are there, whatever formats they come in."""
     name, path = config.data.name, builder.data_path
     if not builder.is_prepared():
-        where = f", data_dir={config.data.dir!r}" if config.data.dir else ""
         raise UserError(
             f"the data set {name!r} is not prepared in {path}: name the folder that "
-            "holds it with --config.data.dir=..., or prepare it once. TFDS does that "
-            "with TensorFlow, in an environment of its own: python -m venv tf && "
-            "tf/bin/pip install tensorflow-cpu tensorflow-datasets array_record "
-            'importlib_resources && tf/bin/python -c "import tensorflow_datasets as '
-            f"tfds; tfds.builder({name!r}{where}, file_format='array_record')"
-            '.download_and_prepare()"'
+            "holds it with --config.data.dir=..., or prepare it once"
+            f"{_preparation(name, config.data.dir)}"
         )
     # TFDS's own class forgets formats that were added later.
     builder = tfds.builder_from_directory(path)
@@ -216,6 +211,23 @@ def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:
             "that folder with --config.data.dir=..."
         )
     return builder
+
+
+def _preparation(name: str, data_dir: str) -> str:
+    """How a data set is prepared: the end of a sentence."""
+    if name == "fashion_mnist":
+        where = f" --data_dir={data_dir}" if data_dir else ""
+        return f" with python experiments/prepare.py --name={name}{where}"
+    if name.startswith("imagenet2012"):
+        return ", as docs/imagenet.md says"
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        ". TFDS does that with TensorFlow, in an environment of its own: python -m venv "
+        "tf && tf/bin/pip install tensorflow-cpu tensorflow-datasets array_record "
+        'importlib_resources && tf/bin/python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}{where}, file_format='array_record')"
+        '.download_and_prepare()"'
+    )
 
 
 def _builder(config: ml_collections.ConfigDict) -> Any:

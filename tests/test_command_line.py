@@ -11,6 +11,8 @@ import base_config
 import cifar10_st3
 import data_sources
 import digits_st3
+import fashion_mnist_st3
+import imagenet_st3
 import train
 from check_config import check_config
 from errors import UserError
@@ -150,6 +152,24 @@ def test_data_that_is_not_prepared_comes_with_the_command_that_prepares_it(tmp_p
     assert "python -m venv tf && tf/bin/pip install tensorflow-cpu" in str(error.value)
     assert command in str(error.value)
     assert not (tmp_path / "workdir").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        (
+            fashion_mnist_st3,
+            "once with python experiments/prepare.py --name=fashion_mn",
+        ),
+        (imagenet_st3, "or prepare it once, as docs/imagenet.md says"),
+    ],
+)
+def test_data_that_has_a_way_of_its_own_is_told_that(module, sentence, tmp_path):
+    config = module.get_config()
+    config.data.dir = str(tmp_path)
+    with pytest.raises(UserError) as error:
+        data_sources.load(config)
+    assert sentence in str(error.value)
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
