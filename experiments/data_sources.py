@@ -222,8 +222,8 @@ def _preparation(name: str, data_dir: str) -> str:
         return ", as docs/imagenet.md says"
     where = f", data_dir={data_dir!r}" if data_dir else ""
     return (
-        ". TFDS does that with TensorFlow, in an environment of its own: python -m venv "
-        "tf && tf/bin/pip install tensorflow-cpu tensorflow-datasets array_record "
+        ". TFDS does that with TensorFlow, in an environment of its own: python -m "
+        "venv tf && tf/bin/pip install tensorflow-cpu tensorflow-datasets array_record "
         'importlib_resources && tf/bin/python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}{where}, file_format='array_record')"
         '.download_and_prepare()"'

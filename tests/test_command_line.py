@@ -159,7 +159,7 @@ def test_data_that_is_not_prepared_comes_with_the_command_that_prepares_it(tmp_p
     [
         (
             fashion_mnist_st3,
-            "once with python experiments/prepare.py --name=fashion_mn",
+            "once with python experiments/prepare.py --name=fashion_",
         ),
         (imagenet_st3, "or prepare it once, as docs/imagenet.md says"),
     ],
