@@ -70,6 +70,7 @@ def asked_to_stop() -> Iterator[Callable[[int], bool]]:
     def note(number: int, frame: Any) -> None:
         del frame
         asked.append(number)
+        os.write(2, b"\nstopping after this step; once more ends at once\n")
         signal.signal(number, before[number])
 
     for number in STOPS:
