@@ -11,6 +11,7 @@ from rich.table import Table
 
 import st3jax
 from monitor import read_metrics
+from optimizers import total_steps
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -162,9 +163,9 @@ def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     right.set_ylabel("zero weights, %", color=SPARSITY)
     right.tick_params(axis="y", labelcolor=SPARSITY)
     right.set_ylim(-2, 102)
-    if config.fine_tune_epochs:
-        total = config.num_epochs + config.fine_tune_epochs
-        fixed = max(steps) * config.num_epochs / total
+    epochs = total_steps(config, steps_per_epoch=1)
+    if epochs > config.num_epochs:
+        fixed = max(steps) * config.num_epochs / epochs
         axes.axvline(fixed, color="grey", linestyle=":", linewidth=1)
         axes.annotate(
             "mask fixed ", (fixed, 0.03), xycoords=("data", "axes fraction"),
