@@ -8,7 +8,7 @@ python experiments/prepare.py --name=fashion_mnist
 A few synthetic images in the layout of TFDS's ImageNet, to try everything that touches
 its files before the real ones are there:
 
-python experiments/prepare.py --name=imagenet_rehearsal --data_dir=/tmp/rehearsal
+python experiments/prepare.py --name=imagenet_rehearsal --data_dir=rehearsal
 
 Any data set that TFDS prepared as TFRecord, as files that can be read in any order:
 
