@@ -22,6 +22,9 @@ from decoding import BrokenImage, random_resized_crop, resized_centre
 
 __all__ = ["steps_per_epoch", "test_batches", "train_batches"]
 
+QUIET = "ignore:resource_tracker:UserWarning"
+"""What a stopped run has read ahead is freed by Python, which need not say so."""
+
 
 class _Load(grain.transforms.RandomMap):
     """From an example's number to its pixels, as large as the network's input."""
@@ -85,9 +88,8 @@ def _iterate(stream: Any, config: ml_collections.ConfigDict) -> Any:
         return stream.to_iter_dataset(grain.ReadOptions(0, 0))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     workers = grain.MultiprocessingOptions(config.data.workers)
-    if workers.num_workers:
-        # What a stopped run has read ahead is freed by Python, which need not say so.
-        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    if workers.num_workers and QUIET not in sys.warnoptions:
+        sys.warnoptions.append(QUIET)
     return stream.to_iter_dataset(ahead).mp_prefetch(workers, _obey_parent)
 
 

@@ -278,7 +278,7 @@ def test_a_data_set_without_labels_is_refused(tmp_path, monkeypatch):
     class Unlabelled:
         data_path = tmp_path
 
-        class info:  # noqa: N801
+        class info:  # noqa: N801  as TFDS has it
             features = types.MappingProxyType({"image": None, "caption": None})
 
     monkeypatch.setattr(data_sources, "_builder", lambda config: Unlabelled)
