@@ -10,7 +10,11 @@ NNX models use :mod:`st3jax.nnx`, imported by name; new methods are built from
 
 from st3jax import ops, scores, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
-from st3jax.methods.st3 import ST3State, st3
+from st3jax.gradual import ThresholdState
+from st3jax.methods.gmp import gmp
+from st3jax.methods.lrr import lrr, lrr_cycles
+from st3jax.methods.st3 import st3
+from st3jax.methods.ste import ste
 from st3jax.metrics import Layer, Summary, summary
 from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
@@ -20,13 +24,16 @@ from st3jax.version import __version__
 
 __all__ = [
     "Layer",
-    "ST3State",
     "SparseState",
     "Summary",
+    "ThresholdState",
     "__version__",
     "finalize",
     "find_state",
+    "gmp",
     "is_kernel",
+    "lrr",
+    "lrr_cycles",
     "multiply_adds",
     "ops",
     "polynomial_ramp",
@@ -35,5 +42,6 @@ __all__ = [
     "selection",
     "sparsify",
     "st3",
+    "ste",
     "summary",
 ]

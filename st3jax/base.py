@@ -9,8 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from st3jax.trees import check_same_structure
-
 __all__ = ["SparseState", "finalize", "find_state", "sparsify"]
 
 
@@ -19,15 +17,17 @@ class SparseState(Protocol):
     """Optimizer state of a sparse-training method.
 
     Attributes:
-        thresholds: Scalar for each prunable leaf, ``optax.MaskedNode`` elsewhere.
         inner_state: State of the wrapped optimizer.
     """
 
-    thresholds: Any
     inner_state: Any
 
     def effective_params(self, params: Any) -> Any:
-        """The weights that the model sees, as a pure function of raw weights."""
+        """The weights that the model sees, as a pure function of raw weights.
+
+        Raises:
+            ValueError: If the params are not those of the state.
+        """
         ...
 
 
@@ -48,7 +48,7 @@ def find_state(opt_state: Any) -> SparseState:
         >>> tx = optax.chain(optax.identity(), st3jax.st3(optax.sgd(0.1), 0.9))
         >>> opt_state = tx.init({"kernel": jax.numpy.ones((2, 3))})
         >>> type(find_state(opt_state)).__name__
-        'ST3State'
+        'ThresholdState'
     """
     found, queue = [], [opt_state]
     while queue:
@@ -99,9 +99,7 @@ def sparsify(params: Any, opt_state: Any) -> Any:
         >>> sparsify(params, opt_state)["kernel"].tolist()
         [[0.0, 0.0, 0.5, -1.5]]
     """
-    state = find_state(opt_state)
-    check_same_structure(state.thresholds, params)
-    return state.effective_params(params)
+    return find_state(opt_state).effective_params(params)
 
 
 def finalize(params: Any, opt_state: Any) -> Any:

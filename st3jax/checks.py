@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 __all__ = [
     "check_choice",
     "check_cost",
     "check_fraction",
+    "check_optimizer",
     "check_positive",
     "check_steps",
     "is_concrete",
@@ -161,3 +163,21 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} is one of {listed}, got {value!r}")
+
+
+def check_optimizer(value: Any) -> None:
+    """Raises unless ``value`` is an optimizer that a method can wrap.
+
+    Raises:
+        TypeError: With what was passed instead.
+
+    Example:
+        >>> check_optimizer(3)
+        Traceback (most recent call last):
+        TypeError: what comes first is the optimizer to wrap, as optax.sgd(0.1), got int
+    """
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            "what comes first is the optimizer to wrap, as optax.sgd(0.1), got "
+            f"{type(value).__name__}"
+        )

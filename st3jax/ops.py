@@ -1,11 +1,11 @@
 """Thresholding of weights with straight-through gradients.
 
-The contract of every function here: the gradient of the result with respect to ``w``
-is the identity, for kept and for zeroed weights alike; thresholds and scales are not
-differentiated. A weight is kept where its magnitude is strictly above the threshold.
-Zeroed weights are ``+0.0``, and a kept weight never rounds to zero. While a threshold
-is not above zero it is off. Output channels are the last axis. float16 and bfloat16
-are computed in float32 and returned as they came.
+The contract of every function here but the last two: the gradient of the result with
+respect to ``w`` is the identity, for kept and for zeroed weights alike; thresholds and
+scales are not differentiated. A weight is kept where its magnitude is strictly above
+the threshold. Zeroed weights are ``+0.0``, and a kept weight never rounds to zero.
+While a threshold is not above zero it is off. Output channels are the last axis.
+float16 and bfloat16 are computed in float32 and returned as they came.
 
 Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
@@ -20,6 +20,7 @@ __all__ = [
     "channel_scale",
     "hard_threshold",
     "hold_zeros",
+    "mask_gradient",
     "rescale",
     "smallest_kept",
     "soft_threshold",
@@ -91,6 +92,23 @@ def _hold_zeros_bwd(
 
 
 _hold_zeros.defvjp(lambda w, hold: (w, (w, hold)), _hold_zeros_bwd)
+
+
+@jax.custom_vjp
+def _mask_gradient(w: jax.Array, t: jax.Array) -> jax.Array:
+    del t
+    return w
+
+
+def _mask_gradient_bwd(
+    residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    w, t = residuals
+    kept = (to_key(w) > to_key(t)) | ~is_positive(t)
+    return jnp.where(kept, g, jnp.zeros_like(g)), jnp.zeros_like(t)
+
+
+_mask_gradient.defvjp(lambda w, t: (w, (w, t)), _mask_gradient_bwd)
 
 
 def _fitting(x: jax.typing.ArrayLike, w: jax.Array, name: str) -> jax.Array:
@@ -250,3 +268,27 @@ def hold_zeros(w: jax.typing.ArrayLike, hold: jax.typing.ArrayLike) -> jax.Array
         [0.0, 1.0]
     """
     return _hold_zeros(jnp.asarray(w), jnp.asarray(hold, bool))
+
+
+def mask_gradient(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+    r"""The weights themselves; those of magnitude up to ``t`` receive no gradient.
+
+    .. math::
+        f(w) = w, \qquad \frac{\partial L}{\partial w} :=
+        \frac{\partial L}{\partial f} \; [\,|w| > t\,]
+
+    Args:
+        w: Weights, any shape and floating-point dtype.
+        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``; off
+            (every weight receives its gradient) where it is not above zero.
+
+    Returns:
+        ``w``.
+
+    Example:
+        >>> w = jnp.array([-3.0, 0.5])
+        >>> jax.grad(lambda w: (2 * mask_gradient(w, 1.0)).sum())(w).tolist()
+        [2.0, 0.0]
+    """
+    w = jnp.asarray(w)
+    return _mask_gradient(w, _fitting(t, w, "t"))

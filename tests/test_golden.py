@@ -1,6 +1,7 @@
 """The method is the authors': recorded trajectories are met to rounding error."""
 
 import ast
+import functools
 import pathlib
 
 import jax
@@ -12,7 +13,12 @@ import pytest
 import st3jax
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-ST3 = ["st3", "st3_sigma", "st3_quadratic", "st3_fixed", "st3_no_rescale", "ste_hard"]
+ST3 = ["st3", "st3_sigma", "st3_quadratic", "st3_fixed", "st3_no_rescale"]
+METHODS = {
+    "gmp": st3jax.gmp,
+    "gmp_sticky": functools.partial(st3jax.gmp, sticky="published"),
+    "ste_hard": st3jax.ste,
+}
 LAYERS = ("c1", "c2", "c3", "fc")
 TOLERANCE = 1e-9
 
@@ -56,11 +62,12 @@ def read(name):
     return record, ast.literal_eval(str(record["meta"]))
 
 
-def train(record, meta):
+def train(name, record, meta):
     """Trains through the public API; yields (raw, effective, loss, opt_state)."""
     digits = np.load(GOLDEN / "digits.npz")
     params = {name: {"kernel": jnp.array(record[f"init/{name}"])} for name in LAYERS}
-    tx = st3jax.st3(
+    ingredients = {} if name in METHODS else {k: meta[k] for k in ("soft", "rescale")}
+    tx = METHODS.get(name, st3jax.st3)(
         optax.chain(
             clip(meta["clip_norm"]),
             optax.add_decayed_weights(meta["weight_decay"]),
@@ -70,9 +77,8 @@ def train(record, meta):
             meta["sparsity"], meta["ramp_start"], meta["ramp_end"], meta["power"]
         ),
         criterion={"l1": "l1", "l1std": "l1_sigma"}[meta["criterion"]],
-        soft=meta["soft"],
-        rescale=meta["rescale"],
         freeze_step=meta["fix_at"],
+        **ingredients,
     )
     opt_state = tx.init(params)
 
@@ -93,12 +99,12 @@ def train(record, meta):
         yield params, st3jax.finalize(params, opt_state), loss, opt_state
 
 
-@pytest.mark.parametrize("name", ST3)
+@pytest.mark.parametrize("name", [*ST3, *METHODS])
 def test_trajectory(name):
     record, meta = read(name)
     fixed = meta["fix_at"] or len(record["batch_index"]) + 1
     close = {"rtol": TOLERANCE, "atol": 1e-13}
-    for i, (raw, effective, loss, opt_state) in enumerate(train(record, meta)):
+    for i, (raw, effective, loss, opt_state) in enumerate(train(name, record, meta)):
         step = i + 1
         state = st3jax.find_state(opt_state)
         np.testing.assert_allclose(loss, record["loss"][i], **close)

@@ -4,73 +4,16 @@ Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
 import optax
 
-from st3jax import ops
 from st3jax.budgets import Costs
-from st3jax.checks import check_steps
-from st3jax.keys import score_dtype
-from st3jax.patterns import weight_thresholds
-from st3jax.rules import check_fits, check_schedules, make_rule
-from st3jax.schedules import Sparsity, at_step
+from st3jax.gradual import gradual
+from st3jax.rules import make_rule
+from st3jax.schedules import Sparsity
 from st3jax.tally import AxisName
-from st3jax.thresholds import OFF, leaf_thresholds
-from st3jax.trees import (
-    Prunable,
-    Static,
-    check_same_structure,
-    is_kernel,
-    map_prunable,
-    map_where_prunable,
-    prunable_leaves,
-)
-from st3jax.updates import hold_mask, pin, step_onto
+from st3jax.trees import Prunable, is_kernel
 
-__all__ = ["ST3State", "st3"]
-
-
-class ST3State(NamedTuple):
-    """State of :func:`st3`: bytes per leaf, nothing per weight.
-
-    Attributes:
-        count: int32 [], completed steps.
-        thresholds: Scalar on ``|w|`` for each prunable leaf, -1 before the ramp, 0
-            after fixing; ``optax.MaskedNode`` elsewhere.
-        frozen: bool [], whether the mask is fixed; ``optax.MaskedNode`` if it never
-            will be.
-        soft: Static, whether thresholds are soft.
-        rescale: Static, whether output channels are rescaled.
-        pattern: Static, which weights live and die together.
-        inner_state: State of the wrapped optimizer.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
-    thresholds: Any
-    frozen: jax.Array | optax.MaskedNode
-    soft: Static
-    rescale: Static
-    pattern: Static
-    inner_state: optax.OptState
-
-    def effective_params(self, params: Any) -> Any:
-        """The weights that the model sees; see :func:`st3jax.sparsify`."""
-
-        def effective(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
-            if not isinstance(self.frozen, optax.MaskedNode):
-                w = ops.hold_zeros(w, self.frozen)
-            threshold = ops.soft_threshold if self.soft.value else ops.hard_threshold
-            t = weight_thresholds(self.pattern.value, path, w, t)
-            w_eff = threshold(w, t)
-            if self.rescale.value:
-                w_eff = ops.rescale(w_eff, ops.channel_scale(w, t))
-            return w_eff
-
-        return map_where_prunable(effective, self.thresholds, params)
+__all__ = ["st3"]
 
 
 def st3(
@@ -80,6 +23,7 @@ def st3(
     criterion: str = "l1",
     soft: bool = True,
     rescale: bool = True,
+    straight_through: bool = True,
     distribution: str = "global",
     budget: str = "weights",
     costs: Costs | None = None,
@@ -121,6 +65,8 @@ def st3(
             them relative to the width of their layer.
         soft: Soft threshold (the method's own) or hard threshold.
         rescale: Whether each output channel is rescaled for the magnitude it lost.
+        straight_through: Whether zeroed weights receive gradients (the method's own),
+            or only kept ones.
         distribution: ``"global"`` (the method's own) compares the weights of all
             layers; ``"uniform"`` takes the same share of each layer; ``"erk"``
             (Erdos-Renyi-kernel) takes less of small and narrow layers.
@@ -142,7 +88,8 @@ def st3(
             Under ``jit`` and for replicated weights there is none to name.
 
     Returns:
-        An ``optax.GradientTransformationExtraArgs`` with state :class:`ST3State`.
+        An ``optax.GradientTransformationExtraArgs`` with state
+        :class:`st3jax.ThresholdState`.
 
     Raises:
         ValueError: If an argument is out of its range or excludes another, if ``init``
@@ -151,7 +98,7 @@ def st3(
         TypeError: If a prunable leaf is not of a floating-point dtype.
 
     Example:
-        >>> import st3jax
+        >>> import jax, st3jax
         >>> tx = st3(
         ...     optax.sgd(0.1, momentum=0.9),
         ...     sparsity=st3jax.polynomial_ramp(0.75, begin=0, end=10),
@@ -181,126 +128,13 @@ def st3(
         prunable=prunable,
         axis_name=axis_name,
     )
-    _check_arguments(inner, rescale, update_every, freeze_step, axis_name)
-    check_schedules(rule, sparsity, freeze_step)
-    inner = optax.with_extra_args_support(inner)
-
-    def init_thresholds(params: optax.Params) -> Any:
-        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
-            return jnp.full([], OFF)
-        check_fits(rule, params, sparsity)
-        leaves = prunable_leaves(params, prunable)
-        dtype = score_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
-        return map_prunable(lambda *_: jnp.full([], OFF, dtype), params, prunable)
-
-    def init_fn(params: optax.Params) -> ST3State:
-        return ST3State(
-            count=jnp.zeros([], jnp.int32),
-            thresholds=init_thresholds(params),
-            frozen=optax.MaskedNode() if freeze_step is None else jnp.zeros([], bool),
-            soft=Static(bool(soft)),
-            rescale=Static(bool(rescale)),
-            pattern=Static(rule.pattern),
-            inner_state=inner.init(params),
-        )
-
-    def move_thresholds(count: jax.Array, thresholds: Any, params: Any) -> Any:
-        """The thresholds after ``count`` completed steps; no work while s = 0."""
-        due = count % update_every == 0
-        if freeze_step is not None:
-            due = (due | (count == freeze_step)) & (count <= freeze_step)
-        with jax.enable_x64(True):  # s(c) in float64, as exact as its count
-            s = at_step(sparsity, count.astype(jnp.int64))
-            if isinstance(s, Mapping):  # not by jax.tree.map, which sorts the patterns
-                s = {pattern: jnp.asarray(x, jnp.float64) for pattern, x in s.items()}
-            else:
-                s = jnp.asarray(s, jnp.float64)
-            asked = jnp.any(jnp.stack(jax.tree.leaves(s)) > 0)
-        # Compare what the next step will see, to the last bit.
-        params = jax.tree.map(jax.lax.optimization_barrier, params)
-        return jax.lax.cond(
-            due & asked,
-            lambda: leaf_thresholds(params, s, rule, near=thresholds),
-            lambda: jax.tree.map(lambda t: jnp.where(due, OFF, t), thresholds),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: ST3State,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ST3State]:
-        if params is None:
-            raise ValueError(
-                "st3 moves its thresholds with the weights, so its update needs them: "
-                "call tx.update(grads, opt_state, params)"
-            )
-        check_same_structure(state.thresholds, params)
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        count = optax.safe_increment(state.count)
-        if freeze_step is not None:
-            updates = map_where_prunable(
-                lambda path, t, u, w: hold_mask(w, u, state.frozen),
-                state.thresholds,
-                updates,
-                params,
-            )
-        updates = map_where_prunable(
-            lambda path, t, u: pin(u, state.count), state.thresholds, updates
-        )
-        stepped = optax.apply_updates(params, updates)
-        state = state._replace(
-            count=count,
-            thresholds=move_thresholds(count, state.thresholds, stepped),
-            inner_state=inner_state,
-        )
-        if freeze_step is not None:
-            updates, thresholds = jax.lax.cond(
-                count == freeze_step,
-                lambda: _fix(state, updates, params, stepped),
-                lambda: (updates, state.thresholds),
-            )
-            state = state._replace(thresholds=thresholds, frozen=count >= freeze_step)
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _fix(
-    state: ST3State, updates: optax.Updates, params: Any, stepped: Any
-) -> tuple[optax.Updates, Any]:
-    """Updates that take the raw weights to their effective values, thresholds ended."""
-    onto = map_where_prunable(
-        lambda path, t, u, w, target: step_onto(w, target, u.dtype),
-        state.thresholds,
-        updates,
-        params,
-        state.effective_params(stepped),
+    return gradual(
+        inner,
+        sparsity,
+        rule,
+        soft=soft,
+        rescale=rescale,
+        straight_through=straight_through,
+        update_every=update_every,
+        freeze_step=freeze_step,
     )
-    return onto, jax.tree.map(jnp.zeros_like, state.thresholds)
-
-
-def _check_arguments(
-    inner: Any,
-    rescale: bool,
-    update_every: int,
-    freeze_step: int | None,
-    axis_name: AxisName,
-) -> None:
-    """Raises early, before anything is compiled, for what can be known early."""
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            "the first argument of st3 is the optimizer to wrap, such as "
-            f"optax.sgd(0.1), got {type(inner).__name__}"
-        )
-    if rescale and axis_name is not None:
-        raise ValueError(
-            f"rescaling needs whole output channels, which weights sharded over "
-            f"{axis_name!r} by hand may not have: pass rescale=False, or leave the "
-            "sharding to jit, without axis_name"
-        )
-    check_steps(update_every, "update_every", 1)
-    if freeze_step is not None:
-        check_steps(freeze_step, "freeze_step", 1)
