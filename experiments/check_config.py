@@ -8,8 +8,9 @@ import ml_collections
 import base_config
 from costs import abstract_variables, kernel_costs
 from errors import UserError
+from methods import METHODS
 from models import create_model
-from optimizers import METHODS, make_optimizer
+from optimizers import make_optimizer
 
 __all__ = ["check_config"]
 
@@ -61,6 +62,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "config.data.in_memory keeps images as large as the network's input, and "
             "config.data.augmentation 'resized_crop' needs them whole: choose one"
+        )
+    if config.second_cycle and config.sparsity.method == "lrr":
+        raise UserError(
+            "config.second_cycle rewinds the rates once, and method 'lrr' does so for "
+            "each cycle: choose one"
         )
     try:
         model = create_model(config, num_classes=10)

@@ -34,6 +34,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.learning_rate.fine_tune = 1e-3
     config.sparsity.begin_epoch = 3
     config.sparsity.end_epoch = 35
+    config.published.granet.sparsity.update_every_steps = 22  # an epoch
+    config.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
+    config.str_.weight_decay = 5e-3
 
     config.log_every_steps = 11
     config.eval_every_epochs = 2

@@ -11,7 +11,7 @@ import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """43,500 kernel weights, 60,000 training images of 28x28 pixels."""
+    """77,072 kernel weights, 60,000 training images of 28x28 pixels."""
     config = base_config.get_config()
     config.data.name = "fashion_mnist"
     config.data.image_size = 28
@@ -24,19 +24,23 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model.name = "cifar_resnet"
     config.model.depth = 8
-    config.model.width = 12
+    config.model.width = 16
+    config.model.stem_stride = 2
     config.model.norm_momentum = 0.9
 
     config.batch_size = 128
     config.num_epochs = 5
     config.fine_tune_epochs = 1
-    config.learning_rate.peak = 0.1
+    config.learning_rate.peak = 0.2  # of 0.05, 0.1, 0.2 and 0.4 for the dense network
     config.learning_rate.schedule = "cosine"
     config.learning_rate.per_epoch = False
     config.learning_rate.fine_tune = 1e-3
     config.sparsity.final = 0.95
     config.sparsity.begin_epoch = 0.5
     config.sparsity.end_epoch = 3.0
+    config.published.granet.sparsity.update_every_steps = 100
+    config.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
+    config.str_.weight_decay = 5e-3
 
     config.log_every_steps = 39
     config.checkpoint_every_epochs = 1.0

@@ -39,6 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     # this is its mean over those epochs.
     config.learning_rate.fine_tune = 1.55e-3
     config.sparsity.end_epoch = 50
+    config.published.granet.ramp = (0.0, 0.3)
+    config.published.granet.sparsity.update_every_steps = 4000
 
     config.checkpoint_every_epochs = 1.0
     return config

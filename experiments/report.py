@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 import st3jax
+from methods import METHODS
 from monitor import read_metrics
-from optimizers import total_steps
+from rates import total_steps
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,7 +30,10 @@ def print_settings(
     for name, value in facts.items():
         table.add_row(name, str(value))
     table.add_section()
+    unused = {"published", *METHODS} - {config.sparsity.method}
     for name, value in config.items():
+        if name in unused:
+            continue
         if isinstance(value, ml_collections.ConfigDict):
             text = ", ".join(
                 f"{key} {item}" for key, item in value.items() if item != ""

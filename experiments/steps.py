@@ -15,6 +15,7 @@ from flax.training import train_state
 
 import st3jax
 from augmentation import augment, normalise
+from methods import DENSE_WITHIN
 from models.layers import BATCH_AXIS
 from optimizers import make_optimizer
 from st3jax.trees import is_kernel, named_leaves, path_name
@@ -225,7 +226,7 @@ def eval_variables(
     sparse = effective_params(config, state.params, state.opt_state)
     stats = {"batch_stats": state.batch_stats}
     networks = {"test": {"params": sparse, **stats}}
-    if config.eval_dense and config.sparsity.method != "none":
+    if config.eval_dense and config.sparsity.method in DENSE_WITHIN:
         networks["dense_test"] = {"params": state.params, **stats}
     if config.ema_decay:
         networks["ema_test"] = {

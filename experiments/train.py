@@ -27,6 +27,7 @@ from flax import jax_utils
 from ml_collections import config_flags
 from rich.console import Console
 
+import base_config
 import checkpoints
 import data_sources
 import input_pipeline
@@ -39,7 +40,7 @@ from errors import Stopped, UserError
 from models import create_model
 from models.layers import BATCH_AXIS
 from monitor import Monitor
-from optimizers import total_steps
+from rates import total_steps
 from steps import (
     TrainState,
     create_train_state,
@@ -320,10 +321,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"there is no configuration file {config_file}")
         if DISTRIBUTED.value or COORDINATOR.value:
             processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        workdir = WORKDIR.value or default_workdir(
-            config_file, config_flags.get_override_values(flag)
-        )
-        train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
+        given = config_flags.get_override_values(flag)
+        workdir = WORKDIR.value or default_workdir(config_file, given)
+        config = base_config.use_published(CONFIG.value, given)
+        train_and_evaluate(config, pathlib.Path(workdir))
     except Stopped as stopped:
         print(stopped)
     except UserError as error:

@@ -12,18 +12,27 @@ from st3jax import ops, scores, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
 from st3jax.gradual import ThresholdState
 from st3jax.methods.gmp import gmp
+from st3jax.methods.granet import granet
 from st3jax.methods.lrr import lrr, lrr_cycles
+from st3jax.methods.probmask import ProbMaskState, probmask
+from st3jax.methods.rigl import rigl
+from st3jax.methods.set_ import set_
 from st3jax.methods.st3 import st3
 from st3jax.methods.ste import ste
+from st3jax.methods.str_ import STRState, str_
 from st3jax.metrics import Layer, Summary, summary
 from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
+from st3jax.regrowth import RegrowthState
 from st3jax.schedules import polynomial_ramp
 from st3jax.trees import is_kernel
 from st3jax.version import __version__
 
 __all__ = [
     "Layer",
+    "ProbMaskState",
+    "RegrowthState",
+    "STRState",
     "SparseState",
     "Summary",
     "ThresholdState",
@@ -31,17 +40,22 @@ __all__ = [
     "finalize",
     "find_state",
     "gmp",
+    "granet",
     "is_kernel",
     "lrr",
     "lrr_cycles",
     "multiply_adds",
     "ops",
     "polynomial_ramp",
+    "probmask",
     "prune",
+    "rigl",
     "scores",
     "selection",
+    "set_",
     "sparsify",
     "st3",
     "ste",
+    "str_",
     "summary",
 ]

@@ -22,7 +22,6 @@ from st3jax.thresholds import OFF, leaf_thresholds
 from st3jax.trees import (
     Static,
     check_same_structure,
-    is_masked,
     map_prunable,
     map_where_prunable,
     prunable_leaves,
@@ -69,7 +68,7 @@ class ThresholdState(NamedTuple):
         def effective(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
             if not isinstance(self.frozen, optax.MaskedNode):
                 w = ops.hold_zeros(w, self.frozen)
-            if self.sticky.value == "strict":
+            if self.sticky.value != "no":
                 w = ops.hold_zeros(w, is_positive(t))
             t = weight_thresholds(self.pattern.value, path, w, t)
             if not self.straight_through.value:
@@ -187,17 +186,22 @@ def gradual(
         if sticky == "published":
             return updates, state
         landed = optax.apply_updates(params, updates)
-        kept = jax.tree.map(
-            lambda t, w: t if is_masked(t) else to_key(w) != 0,
+        kept = map_where_prunable(
+            lambda path, t, w: (to_key(w) != 0) | ~is_positive(t),
             state.thresholds,
-            landed,
-            is_leaf=is_masked,
+            jax.tree.map(jnp.asarray, landed),
         )
-        inner_state = clear_state(inner, state.inner_state, kept, params)
-        if rule.pattern.kind == "any":  # from now on the zeros are the mask
-            lowest = jax.tree.map(_lowest, state.thresholds)
-            state = state._replace(thresholds=lowest)
+        inner_state = clear_state(state.inner_state, kept)
         return updates, state._replace(inner_state=inner_state)
+
+    def settle(count: jax.Array, thresholds: Any) -> Any:
+        """The thresholds to keep: what outlives the step is in the zeros themselves."""
+        if sticky == "strict":
+            thresholds = jax.tree.map(_lowest, thresholds)
+        if freeze_step is not None:
+            fixed = count >= freeze_step
+            thresholds = jax.tree.map(lambda t: jnp.where(fixed, 0, t), thresholds)
+        return thresholds
 
     def update_fn(
         updates: optax.Updates,
@@ -215,11 +219,11 @@ def gradual(
             updates, state.inner_state, params, **extra_args
         )
         count = optax.safe_increment(state.count)
-        if freeze_step is not None or sticky == "strict":
-            updates = hold_fixed(updates, state, params)
         updates = map_where_prunable(
             lambda path, t, u: pin(u, state.count), state.thresholds, updates
         )
+        if freeze_step is not None or sticky == "strict":
+            updates = hold_fixed(updates, state, params)
         stepped = optax.apply_updates(params, updates)
         state = state._replace(
             count=count,
@@ -229,12 +233,14 @@ def gradual(
         if sticky != "no":
             updates, state = remove(updates, state, params, stepped)
         if freeze_step is not None:
-            updates, thresholds = jax.lax.cond(
+            updates = jax.lax.cond(
                 count == freeze_step,
                 lambda: _fix(state, updates, params, stepped),
-                lambda: (updates, state.thresholds),
+                lambda: updates,
             )
-            state = state._replace(thresholds=thresholds, frozen=count >= freeze_step)
+        state = state._replace(thresholds=settle(count, state.thresholds))
+        if freeze_step is not None:
+            state = state._replace(frozen=count >= freeze_step)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -256,16 +262,19 @@ def _lowest(t: jax.Array) -> jax.Array:
 
 def _fix(
     state: ThresholdState, updates: optax.Updates, params: Any, stepped: Any
-) -> tuple[optax.Updates, Any]:
-    """Updates that take the raw weights to their effective values, thresholds ended."""
-    onto = map_where_prunable(
-        lambda path, t, u, w, target: step_onto(w, target, u.dtype),
-        state.thresholds,
-        updates,
-        params,
-        state.effective_params(stepped),
+) -> optax.Updates:
+    """Updates that take the raw weights to their effective values."""
+
+    def onto(
+        path: str, t: jax.Array, u: jax.Array, w: jax.Array, now: jax.Array, then: Any
+    ) -> jax.Array:
+        there = (then == now) & (to_key(then) != 0)
+        return jnp.where(there, u, step_onto(w, then, u.dtype))
+
+    effective = state.effective_params(stepped)
+    return map_where_prunable(
+        onto, state.thresholds, updates, params, stepped, effective
     )
-    return onto, jax.tree.map(jnp.zeros_like, state.thresholds)
 
 
 def _check_arguments(

@@ -8,54 +8,43 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from st3jax.keys import to_key
 from st3jax.ops import smallest_kept
-from st3jax.trees import is_masked, map_where_prunable
 
 __all__ = ["clear_state", "hold_mask", "pin", "step_onto"]
 
 
-def clear_state(
-    inner: optax.GradientTransformation, inner_state: Any, kept: Any, params: Any
-) -> Any:
+def clear_state(inner_state: Any, kept: Any) -> Any:
     """The state of an optimizer, zero at every weight that is not kept.
 
     Momentum that a weight had before it was removed must not move it later.
 
     Args:
-        inner: The optimizer.
-        inner_state: Its state.
-        kept: For each prunable leaf a boolean array of its shape, ``MaskedNode``
-            elsewhere.
-        params: Pytree of arrays.
+        inner_state: State of any optimizer.
+        kept: Tree of the parameters' structure: a boolean array where a leaf is
+            prunable; other leaves are left alone.
 
     Returns:
-        The state. Only what Optax knows as a copy of the parameters is changed, such
-        as the trace of momentum or both moments of Adam.
+        The state. What is in it at the path of a prunable leaf, and of its shape, is
+        changed, such as the trace of momentum or both moments of Adam.
 
     Example:
-        >>> params = {"kernel": jnp.ones((1, 2))}
-        >>> momentum = optax.trace(0.9)
         >>> kept = {"kernel": jnp.array([[True, False]])}
-        >>> state = optax.TraceState(params)
-        >>> clear_state(momentum, state, kept, params).trace["kernel"].tolist()
+        >>> state = {"trace": {"kernel": jnp.ones((1, 2))}}
+        >>> clear_state(state, kept)["trace"]["kernel"].tolist()
         [[1.0, 0.0]]
     """
-    everywhere = map_where_prunable(
-        lambda path, keep, w: keep,
-        kept,
-        jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params),
-    )
+    masks = dict(jax.tree_util.tree_leaves_with_path(kept))
 
-    def clear(s: Any, keep: jax.Array) -> Any:
-        same_shape = not is_masked(s) and jnp.shape(s) == keep.shape
-        return jnp.where(keep, s, jnp.zeros_like(s)) if same_shape else s
+    def clear(path: Any, s: Any) -> Any:
+        ends = (path[start:] for start in range(len(path)))
+        keep = next((masks[end] for end in ends if end in masks), None)
+        if keep is None or keep.dtype != bool or jnp.shape(s) != keep.shape:
+            return s
+        return jnp.where(keep, s, jnp.zeros_like(s))
 
-    return optax.tree.map_params(
-        inner, clear, inner_state, everywhere, is_leaf=is_masked
-    )
+    return jax.tree_util.tree_map_with_path(clear, inner_state)
 
 
 def pin(update: jax.Array, count: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import st3jax
 import steps
 from models import create_model
 from models.layers import BATCH_AXIS
-from optimizers import learning_rate, total_steps
+from rates import learning_rate, total_steps
 from st3jax.trees import named_leaves
 
 

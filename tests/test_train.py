@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from training import last_state, same_bits, tiny
 
+import base_config
 import data_sources
 import input_pipeline
 import steps
@@ -80,7 +81,8 @@ def test_the_run_leaves_figures_and_logs(finished):
     assert {"train_loss", "train_accuracy", "images_per_second"} <= rows[0].keys()
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+def train_and_interrupt(config, workdir, monkeypatch):
+    """Stops between two checkpoints."""
     split, calls = train.split_over_devices, []
 
     def interrupt(batch):
@@ -89,11 +91,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
             raise KeyboardInterrupt
         return split(batch)
 
-    monkeypatch.setattr(train, "split_over_devices", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(tiny(), tmp_path)
-    monkeypatch.undo()
-    assert last_state(tmp_path)[0] == 22
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "split_over_devices", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, workdir)
+    assert last_state(workdir)[0] == 22
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    train_and_interrupt(tiny(), tmp_path, monkeypatch)
     report = train.train_and_evaluate(tiny(), tmp_path)
 
     step, state = last_state(tmp_path)
@@ -181,3 +187,45 @@ def test_one_device_and_two_take_the_same_step(data_dir):
 
 def test_no_tensorflow_is_imported(finished):
     assert "tensorflow" not in sys.modules
+
+
+def of_method(method, **fields):
+    """The configuration that the command line makes of a method's name."""
+    fields |= {"sparsity.method": method}
+    return base_config.use_published(tiny(**fields), fields)
+
+
+def asked(report):
+    return int(0.6 * (report["weights"] - 1)) + 1
+
+
+def zeros(report):
+    return report["weights"] - report["nonzero_weights"]
+
+
+def test_lrr_trains_in_cycles(tmp_path):
+    config = of_method("lrr", **{"lrr.keep": 0.4})
+    report = train.train_and_evaluate(config, tmp_path)
+    assert zeros(report) == asked(report)
+    assert report["steps"] == 22 * 2 * 2  # one pruning, two cycles, no fine-tuning
+    sparsities = [row["sparsity"] for row in read_metrics(tmp_path)]
+    assert sparsities[:3] == [0, 0, 0]
+    assert sparsities[-1] == report["sparsity"]
+
+
+def test_granet_grows_and_prunes(tmp_path):
+    config = of_method("granet", **{"sparsity.update_every_steps": 10})
+    report = train.train_and_evaluate(config, tmp_path)
+    assert asked(report) <= zeros(report) <= asked(report) + 20  # some just grown
+    assert report["steps"] == 22 * 2
+
+
+def test_probmask_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    config = of_method("probmask")
+    report = train.train_and_evaluate(config, tmp_path / "whole")
+    assert zeros(report) == asked(report)
+    train_and_interrupt(config, tmp_path / "parts", monkeypatch)
+    assert train.train_and_evaluate(config, tmp_path / "parts") == report
+    expected, state = (last_state(tmp_path / name) for name in ("whole", "parts"))
+    assert state[0] == expected[0] == 66
+    assert same_bits(state[1], expected[1])

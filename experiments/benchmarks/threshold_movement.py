@@ -30,7 +30,7 @@ import steps  # noqa: E402
 import train  # noqa: E402
 from models import create_model  # noqa: E402
 from models.layers import BATCH_AXIS  # noqa: E402
-from optimizers import total_steps  # noqa: E402
+from rates import total_steps  # noqa: E402
 from st3jax.keys import to_key  # noqa: E402
 from st3jax.selection import MARGIN  # noqa: E402
 

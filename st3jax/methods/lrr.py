@@ -4,6 +4,8 @@ Source: Renda, Frankle and Carbin, "Comparing Rewinding and Fine-tuning in Neura
 Network Pruning", ICLR 2020, arXiv:2003.02389.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,10 +48,10 @@ def lrr_cycles(sparsity: float, *, keep: float = 0.8) -> int:
             f"cycles that keep a share of {keep} do not come to a sparsity of "
             f"{sparsity}: choose keep between 0 and 1, and a sparsity below 1"
         )
-    cycles = 1
-    while 1 - keep ** (cycles - 1) < sparsity - 1e-12:
-        cycles += 1
-    return cycles
+    prunings = max(0, math.floor(math.log1p(-sparsity) / math.log(keep)) - 1)
+    while 1 - keep**prunings < sparsity - 1e-12:
+        prunings += 1
+    return 1 + prunings
 
 
 def lrr(
@@ -113,12 +115,12 @@ def lrr(
     References:
         arXiv:2003.02389, section 3 and appendix A.
     """
-    lrr_cycles(sparsity, keep=keep)
+    prunings = lrr_cycles(sparsity, keep=keep) - 1
     check_steps(cycle_steps, "cycle_steps", 1)
 
     def staircase(count: jax.typing.ArrayLike) -> jax.Array:
         cycle = jnp.asarray(count) // cycle_steps
-        return jnp.minimum(1 - jnp.power(keep, cycle), sparsity)
+        return jnp.where(cycle >= prunings, sparsity, 1 - jnp.power(keep, cycle))
 
     return gradual(
         inner,

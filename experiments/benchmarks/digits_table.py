@@ -1,10 +1,9 @@
-"""Accuracy of dense and sparse networks, as means over seeds.
+"""Accuracy of dense and sparse networks on digits, as means over seeds.
 
-python experiments/benchmarks/accuracy_table.py --data=digits
-python experiments/benchmarks/accuracy_table.py --data=fashion_mnist
+python experiments/benchmarks/digits_table.py
 
-Runs ``<data>_st3.py`` for each row and seed, one after another, in folders under
-``runs/<data>_table``; what is already there is not run again. Prints a table in
+Runs ``digits_st3.py`` for each row and seed, one after another, in folders under
+``runs/digits_table``; what is already there is not run again. Prints a table in
 Markdown and writes it to that folder.
 """
 
@@ -13,21 +12,18 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, logging
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import digits_st3  # noqa: E402  a neighbour of this folder
-import fashion_mnist_st3  # noqa: E402
 import train  # noqa: E402
 from errors import Stopped  # noqa: E402
 
-DATA = flags.DEFINE_enum("data", "digits", ["digits", "fashion_mnist"], "Data set.")
-CONFIGS = {"digits": digits_st3, "fashion_mnist": fashion_mnist_st3}
-
+FOLDER = pathlib.Path("runs", "digits_table")
 SEEDS = (0, 1, 2)
-DIGITS: dict[str, dict[str, Any]] = {
+ROWS: dict[str, dict[str, Any]] = {
     "dense": {"method": "none"},
     "ST-3, 90 %": {"final": 0.9},
     "ST-3, 95 %": {"final": 0.95},
@@ -46,29 +42,23 @@ DIGITS: dict[str, dict[str, Any]] = {
         "dense": ("stem/*",),
     },
 }
-ROWS = {
-    "digits": DIGITS,
-    "fashion_mnist": {name: DIGITS[name] for name in ("dense", "ST-3, 95 %")},
-}
 
 
-def run(data: str, row: str, seed: int) -> dict[str, Any]:
+def run(row: str, seed: int) -> dict[str, Any]:
     """The report of one run."""
-    config = CONFIGS[data].get_config()
+    config = digits_st3.get_config()
     config.seed = seed
-    config.sparsity.update(ROWS[data][row])
+    config.sparsity.update(ROWS[row])
     name = row.replace(", ", "-").replace(" %", "")
-    return train.train_and_evaluate(
-        config, pathlib.Path("runs", f"{data}_table", f"{name}-seed{seed}")
-    )
+    return train.train_and_evaluate(config, FOLDER / f"{name}-seed{seed}")
 
 
-def markdown(data: str) -> str:
+def markdown() -> str:
     """Runs all rows and makes the table of them."""
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [f"| | zeros | {seeds} | mean |", "|---|---|" + "---|" * (len(SEEDS) + 1)]
-    for row in ROWS[data]:
-        reports = [run(data, row, seed) for seed in SEEDS]
+    for row in ROWS:
+        reports = [run(row, seed) for seed in SEEDS]
         accuracies = [report["test_accuracy"] for report in reports]
         zeros = {report["weights"] - report["nonzero_weights"] for report in reports}
         cells = [
@@ -85,10 +75,10 @@ def main(argv: list[str]) -> None:
     """Runs all rows and prints the table."""
     del argv
     try:
-        table = markdown(DATA.value)
+        table = markdown()
     except Stopped as stopped:
         sys.exit(str(stopped))
-    pathlib.Path("runs", f"{DATA.value}_table", "table.md").write_text(table)
+    (FOLDER / "table.md").write_text(table)
     print(table)
 
 

@@ -1,0 +1,249 @@
+"""Tables and figures of the rows that ``compare_methods.py`` left.
+
+python experiments/benchmarks/compare_tables.py
+
+Writes ``compare_methods.md``, ``accuracy_sparsity.png`` and ``accuracy_cost.png`` next
+to the rows, and prints the tables. A cell without all its runs says how many it has.
+"""
+
+import collections
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib as mpl
+from absl import app, flags
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from compare_methods import (  # noqa: E402  a neighbour of this file
+    ABLATED,
+    ABLATION_SEEDS,
+    METHODS,
+    POWERS,
+    SEEDS,
+    SPARSITIES,
+    ablation_row,
+    read_rows,
+)
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
+
+NAME = flags.DEFINE_enum(
+    "study", "compare_methods", ["compare_methods", "compare_methods_quick"], "Which."
+)
+
+ASKED = sorted(SPARSITIES)
+DENSE, GRID = "#555555", "#dddddd"
+STYLES = {
+    "ST-3": ("#0072b2", "o"),
+    "ST-3-sigma": ("#56b4e9", "s"),
+    "GMP": ("#d55e00", "^"),
+    "hard STE": ("#e69f00", "v"),
+    "ProbMask": ("#009e73", "D"),
+    "GraNet": ("#cc79a7", "P"),
+    "LRR": ("#000000", "X"),
+}
+
+Rows = dict[tuple[str, float], list[dict[str, Any]]]
+
+
+def by_cell(rows: Iterable[dict[str, str]]) -> Rows:
+    """The runs of each row and sparsity, their numbers as numbers."""
+    cells = collections.defaultdict(list)
+    for row in rows:
+        numbers = {k: float(v) if v else None for k, v in row.items() if k != "row"}
+        cells[row["row"], float(row["asked_sparsity"])].append(numbers)
+    return dict(cells)
+
+
+def mean(runs: list[dict[str, Any]], field: str) -> float | None:
+    """The mean over runs that have the field."""
+    values = [run[field] for run in runs if run[field] is not None]
+    return statistics.mean(values) if values else None
+
+
+def spread(runs: list[dict[str, Any]]) -> float:
+    """Sample standard deviation of the accuracies, 0 for one run."""
+    values = [run["accuracy"] for run in runs]
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def accuracy(runs: list[dict[str, Any]], seeds: int) -> str:
+    """Mean and spread in percent."""
+    if not runs:
+        return ""
+    text = f"{100 * mean(runs, 'accuracy'):.2f}"  # type: ignore[operator]
+    if len(runs) > 1:
+        text += f" ± {100 * spread(runs):.2f}"
+    return text if len(runs) >= seeds else f"{text} ({len(runs)} of {seeds} runs)"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def accuracies(cells: Rows, seeds: int) -> str:
+    """Test accuracy by method and sparsity, epochs and time next to dense."""
+    dense = cells[("dense", 0.0)]
+    lines = [
+        ["dense", accuracy(dense, seeds), *[""] * len(ASKED), *budget(dense, dense)]
+    ]
+    for method in METHODS:
+        runs = [cells.get((method, s), []) for s in ASKED]
+        if any(runs):
+            each = [budget(some, dense) for some in runs if some]
+            budgets = [
+                " / ".join(dict.fromkeys(column)) for column in zip(*each, strict=True)
+            ]
+            lines.append(
+                [method, "", *(accuracy(some, seeds) for some in runs), *budgets]
+            )
+    asked = (f"{100 * s:.0f} %" for s in (0, *ASKED))
+    return table(["", *asked, "epochs", "time"], lines)
+
+
+def budget(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> tuple[str, str]:
+    """Epochs, and processor time next to that of the dense network."""
+    seconds, reference = mean(runs, "cpu_seconds"), mean(dense, "cpu_seconds")
+    time = f"{seconds / reference:.2f}" if seconds and reference else ""
+    return f"{mean(runs, 'epochs'):.0f}", time
+
+
+def costs(cells: Rows) -> str:
+    """Zeros that there are, and multiply-adds that are left, by method and sparsity."""
+    lines = []
+    for method in METHODS:
+        runs = [cells.get((method, s), []) for s in ASKED]
+        if any(runs):
+            lines.append([method, *(cost(some) for some in runs)])
+    return table(["", *(f"{100 * s:.0f} %" for s in ASKED)], lines)
+
+
+def cost(runs: list[dict[str, Any]]) -> str:
+    """Zeros and thousands of multiply-adds."""
+    if not runs:
+        return ""
+    zeros = sorted({int(run["zeros"]) for run in runs})
+    span = f"{zeros[0]:,}" + (f" to {zeros[-1]:,}" if len(zeros) > 1 else "")
+    return f"{span}; {mean(runs, 'multiply_adds') / 1e3:,.0f}"  # type: ignore[operator]
+
+
+def ablation(cells: Rows, seeds: int) -> str:
+    """Accuracy of every combination of ingredients, by the power of the ramp."""
+    lines = []
+    for soft in (True, False):
+        for rescale in (True, False):
+            for straight_through in (True, False):
+                rows = [
+                    ablation_row(soft, rescale, straight_through, power)
+                    for power in POWERS
+                ]
+                runs = [cells.get((row, ABLATED), [])[:seeds] for row in rows]
+                lines.append(
+                    [
+                        "soft" if soft else "hard",
+                        "yes" if rescale else "no",
+                        "straight-through" if straight_through else "masked",
+                        *(accuracy(some, seeds) for some in runs),
+                    ]
+                )
+    head = ["threshold", "rescaled", "gradient", *(f"power {p:g}" for p in POWERS)]
+    return table(head, lines)
+
+
+def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
+    """Accuracy against what is left: a share of the weights, or multiply-adds."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    dense = cells[("dense", 0.0)]
+    axes.axhline(100 * mean(dense, "accuracy"), color=DENSE, lw=1, ls="--")  # type: ignore[operator]
+    axes.annotate(
+        "dense", (1, 100 * mean(dense, "accuracy")), xycoords=("axes fraction", "data"),  # type: ignore[operator]
+        xytext=(-4, 3), textcoords="offset points", ha="right", color=DENSE,
+    )  # fmt: skip
+    for method, (color, marker) in STYLES.items():
+        runs = [(s, cells[method, s]) for s in ASKED if (method, s) in cells]
+        if not runs:
+            continue
+        left = [
+            100 * (1 - s) if x == "weights" else mean(some, x) / 1e3  # type: ignore[operator]
+            for s, some in runs
+        ]
+        means = [100 * mean(some, "accuracy") for _, some in runs]  # type: ignore[operator]
+        errors = [100 * spread(some) for _, some in runs]
+        axes.errorbar(
+            left, means, errors, color=color, marker=marker, ms=5, lw=1.5, capsize=2,
+            label=method,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    if x == "weights":
+        axes.set_xticks(
+            [100 * (1 - s) for s in ASKED], [f"{100 * s:.0f} %" for s in ASKED]
+        )
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("share of zero weights")
+    else:
+        ticks = [
+            t
+            for t in (20, 50, 100, 150, 200, 300, 500, 700, 1000)
+            if min(axes.get_xlim()) < t
+        ]
+        ticks = [t for t in ticks if t < max(axes.get_xlim())]
+        axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("multiply-adds left, thousands an image")
+    axes.set_ylabel("test accuracy, %")
+    axes.invert_xaxis()
+    axes.grid(color=GRID)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def markdown(cells: Rows, quick: bool) -> str:
+    """All tables, each under its heading."""
+    seeds = 1 if quick else len(SEEDS)
+    weights = int(cells[("dense", 0.0)][0]["weights"])
+    dense = cells[("dense", 0.0)][0]["dense_multiply_adds"]
+    parts = [
+        "Test accuracy in percent, mean and sample standard deviation over "
+        f"{seeds} seeds; time is the processor's, next to that of the dense network.\n",
+        accuracies(cells, seeds),
+        f"Zeros of {weights:,} weights; thousands of multiply-adds an image that are "
+        f"left, of {dense / 1e3:,.0f}, mean over seeds.\n",
+        costs(cells),
+    ]
+    if not quick:
+        parts += [
+            f"What each ingredient of ST-3 is worth at {100 * ABLATED:.0f} % zeros, "
+            f"over {len(ABLATION_SEEDS)} seeds.\n",
+            ablation(cells, len(ABLATION_SEEDS)),
+        ]
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    """Writes and prints."""
+    del argv
+    folder = pathlib.Path(flags.FLAGS.results)
+    rows = read_rows(folder / f"{NAME.value}.csv")
+    if not rows:
+        sys.exit(f"there are no rows in {folder}: run compare_methods.py first")
+    cells = by_cell(rows)
+    text = markdown(cells, NAME.value.endswith("quick"))
+    (folder / f"{NAME.value}.md").write_text(text)
+    if NAME.value == "compare_methods":
+        plot(cells, folder / "accuracy_sparsity.png", "weights")
+        plot(cells, folder / "accuracy_cost.png", "multiply_adds")
+    print(text)
+
+
+if __name__ == "__main__":
+    app.run(main)

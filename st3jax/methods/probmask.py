@@ -1,0 +1,547 @@
+"""ProbMask: a probability for every weight to be kept, learned beside the weights.
+
+Source: Zhou, Zhang, Xu and Zhang, "Effective Sparsification of Neural Networks with
+Global Sparsity Constraint", CVPR 2021, arXiv:2105.01571.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from st3jax import ops
+from st3jax.checks import (
+    check_choice,
+    check_optimizer,
+    check_positive,
+    check_steps,
+    is_concrete,
+)
+from st3jax.keys import score_dtype, to_key
+from st3jax.rules import Rule, check_fits, check_schedules
+from st3jax.schedules import at_step
+from st3jax.seeds import key_of, seed_of
+from st3jax.thresholds import leaf_thresholds
+from st3jax.trees import (
+    Prunable,
+    check_same_structure,
+    is_kernel,
+    is_masked,
+    map_prunable,
+    map_where_prunable,
+    named_leaves,
+)
+from st3jax.updates import hold_mask, pin, step_onto
+
+__all__ = ["DRAWS", "ProbMaskState", "probmask", "project", "relaxed_mask"]
+
+DRAWS = ("largest", "bernoulli")
+"""How the mask is chosen in the end: by exact number, or at random as published."""
+SMALL = 1e-20
+"""Keeps logarithms and quotients finite at probabilities of 0 and 1."""
+TOLERANCE = 1e-7
+"""How far the mean probability may be above its budget."""
+HALVINGS = 64
+"""More than a bisection ever needs; where it ends if a probability is not a number."""
+
+Search: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+"""Bounds around a shift, the excess there, and how many halvings are left."""
+
+
+class ProbMaskState(NamedTuple):
+    """State of :func:`probmask`.
+
+    No mask is stored: it is drawn again from ``seed`` and ``count`` whenever it is
+    needed, and always comes out the same.
+
+    Attributes:
+        count: int32 [], completed steps.
+        probabilities: For each prunable leaf a float32 array of its shape, the
+            probability that a weight is kept; ``optax.MaskedNode`` elsewhere.
+        temperature: float32 [], by which the logits of the next mask are multiplied.
+        seed: uint32 [2], what all masks are drawn from.
+        frozen: bool [], whether the mask is fixed.
+        probability_state: State of the optimizer of the probabilities.
+        inner_state: State of the wrapped optimizer.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
+    probabilities: Any
+    temperature: jax.Array
+    seed: jax.Array
+    frozen: jax.Array
+    probability_state: optax.OptState
+    inner_state: optax.OptState
+
+    def effective_params(self, params: Any) -> Any:
+        """The weights that the model sees; see :func:`st3jax.sparsify`."""
+        check_same_structure(self.probabilities, params)
+
+        def seen(path: str, m: jax.Array, w: jax.Array) -> jax.Array:
+            raw = jax.lax.stop_gradient(w)
+            masked = jnp.where(self.frozen, raw, _times(m, raw))
+            return _straight_through(ops.hold_zeros(w, self.frozen), masked)
+
+        return map_where_prunable(seen, _draw_masks(self), params)
+
+
+def probmask(
+    inner: optax.GradientTransformation,
+    sparsity: float | optax.Schedule,
+    *,
+    key: jax.Array,
+    freeze_step: int,
+    probability_optimizer: optax.GradientTransformation | None = None,
+    temperature: float | optax.Schedule | None = None,
+    clip_norm: float | None = None,
+    draw: str = "largest",
+    prunable: Prunable = is_kernel,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that it is learned which weights to keep, with ProbMask.
+
+    Every prunable weight has a probability :math:`p`, 1 at first. Before
+    ``freeze_step`` the model sees, through :func:`st3jax.sparsify`, the weights times
+    one relaxed random mask for each step (:func:`relaxed_mask`),
+
+    .. math::
+        w_\text{eff} = m w, \qquad
+        m = \sigma\!\left(T \left(\log p - \log(1 - p) + \text{noise}\right)\right)
+
+    With the gradient :math:`g` of the loss with respect to :math:`w_\text{eff}`,
+    ``inner`` receives that of the weights and ``probability_optimizer`` that of the
+    probabilities,
+
+    .. math::
+        \frac{\partial L}{\partial w} = m g, \qquad
+        \frac{\partial L}{\partial p} =
+        g w\, T m (1 - m) \left(\frac{1}{p} + \frac{1}{1 - p}\right)
+
+    and after each step the probabilities move to the nearest ones whose sum is at most
+    :math:`n (1 - s(c))` after :math:`c` completed steps (:func:`project`). While the
+    sparsity is 0, all :math:`p` are exactly 1, and training is dense training.
+
+    Until ``freeze_step`` masks are relaxed, and the weights that the model sees are
+    small rather than zero: neither :func:`st3jax.sparsify` nor
+    :func:`st3jax.finalize` gives a sparse network before. At ``freeze_step`` a mask
+    of zeros and ones is chosen and the weights become :math:`m w`; from then on zeros
+    stay exactly zero, whatever ``inner`` asks for, and the other weights train on.
+
+    Gradients have to come through :func:`st3jax.sparsify` with the state that
+    ``update`` gets, and averaged over devices if there are several: every device draws
+    the same mask, whatever the sharding, from ``key`` and the number of steps. One
+    mask is drawn for each step, where the authors average the gradients of two.
+    Weights that ``shard_map`` shards by hand are not supported.
+
+    The state takes 4 bytes a prunable weight for :math:`p` and what
+    ``probability_optimizer`` needs: 12 bytes with Adam. Everything about masks is
+    computed in float32.
+
+    This transform has to see the final updates: wrap everything that changes updates
+    in ``inner``. Clip the gradients with ``clip_norm``, not before this transform.
+    Wrappers that call an optimizer as a whole (``optax.MultiSteps``,
+    ``optax.apply_if_finite``, ...) go outside. Call ``update`` under ``jax.jit``.
+    ``optax.inject_hyperparams(probmask, ...)`` needs
+    ``static_args=("prunable", "key", "freeze_step")``.
+
+    Args:
+        inner: The optimizer that trains the raw weights.
+        sparsity: Share of prunable weights to be zero, in [0, 1]: a number, or a
+            schedule such as :func:`st3jax.polynomial_ramp`.
+        key: One random key. Runs with the same key draw the same masks.
+        freeze_step: Number of completed steps at which the mask is fixed, not before
+            the sparsity has reached its final value.
+        probability_optimizer: The optimizer of the probabilities, the authors'
+            ``optax.adam(6e-3)`` by default. It receives no weight decay, and no
+            schedule, but its own.
+        temperature: The factor :math:`T` above 0, a number or a schedule of completed
+            steps :math:`c`; by default the authors'
+            :math:`1 / (0.97 (1 - c / \text{freeze\_step}) + 0.03)`.
+        clip_norm: The largest global norm of the gradients of all parameters and all
+            probabilities together, above 0; they are scaled down to it before both
+            optimizers. Not clipped by default.
+        draw: How the mask is chosen at ``freeze_step``. ``"largest"`` keeps the most
+            probable weights: of :math:`n` weights
+            :math:`\lfloor s (n - 1) \rfloor + 1` are removed, and equal probabilities
+            go together, but never those of 1. ``"bernoulli"`` (the authors' way) keeps
+            each weight with its probability; the number is random.
+        prunable: Predicate on (path, leaf), where the path is the names joined by
+            ``/``; the default takes every convolution and dense kernel.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` with state :class:`ProbMaskState`.
+
+    Raises:
+        ValueError: If an argument is out of its range, if no probability could be
+            learned before ``freeze_step``, if ``init`` finds no prunable leaf, or if
+            ``update`` is called without params or with others than those of ``init``.
+        TypeError: If an argument is of a wrong type, such as a mapping for
+            ``sparsity``, or a prunable leaf is not of a floating-point dtype.
+
+    Example:
+        >>> import st3jax
+        >>> tx = probmask(
+        ...     optax.sgd(0.1, momentum=0.9),
+        ...     sparsity=st3jax.polynomial_ramp(0.75, begin=0, end=8),
+        ...     key=jax.random.key(0),
+        ...     freeze_step=10,
+        ... )
+        >>> params = {"kernel": jax.random.normal(jax.random.key(1), (8, 8))}
+        >>> opt_state = tx.init(params)
+        >>> def loss_fn(params):
+        ...     w = st3jax.sparsify(params, opt_state)["kernel"]
+        ...     return ((w - 1.0) ** 2).sum()
+        >>> update = jax.jit(tx.update)
+        >>> for _ in range(10):
+        ...     updates, opt_state = update(
+        ...         jax.grad(loss_fn)(params), opt_state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int((st3jax.finalize(params, opt_state)["kernel"] == 0).sum())
+        48
+
+    References:
+        arXiv:2105.01571; the temperature and the rates are those of the authors' code.
+    """
+    if probability_optimizer is None:
+        probability_optimizer = optax.adam(6e-3)
+    rule = Rule(prunable=prunable)
+    _check_arguments(inner, probability_optimizer, clip_norm, draw, prunable)
+    seed = seed_of(key)
+    _check_schedules(rule, sparsity, freeze_step, temperature)
+    inner = optax.with_extra_args_support(inner)
+
+    def temperature_at(count: jax.Array) -> jax.Array:
+        if temperature is not None:
+            return jnp.asarray(at_step(temperature, count), jnp.float32)
+        passed = jnp.minimum(count.astype(jnp.float32) / freeze_step, 1)
+        return 1 / (0.97 * (1 - passed) + 0.03)
+
+    def init_probabilities(params: optax.Params) -> Any:
+        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
+            return params
+        check_fits(rule, params, sparsity)
+        return jax.tree.map(  # in the boxes of the weights, and sharded like them
+            lambda mark, part: mark if is_masked(mark) else jax.tree.map(_ones, part),
+            map_prunable(lambda *_: True, params, prunable),
+            params,
+            is_leaf=is_masked,
+        )
+
+    def init_fn(params: optax.Params) -> ProbMaskState:
+        probabilities = init_probabilities(params)
+        count = jnp.zeros([], jnp.int32)
+        return ProbMaskState(
+            count=count,
+            probabilities=probabilities,
+            temperature=temperature_at(count),
+            seed=jnp.array(seed),  # a copy, as states are donated
+            frozen=jnp.zeros([], bool),
+            probability_state=probability_optimizer.init(probabilities),
+            inner_state=inner.init(params),
+        )
+
+    def clipped(grads: Any) -> Any:
+        return grads if clip_norm is None else _clip(grads, clip_norm)
+
+    def learn(state: ProbMaskState, grads: Any, params: Any) -> tuple[Any, Any, Any]:
+        """The gradient of the weights, and the probabilities after the step."""
+        masks = _draw_masks(state)
+        slopes = map_where_prunable(
+            lambda path, m, g, w, p: _slope(m, p, state.temperature) * _product(g, w),
+            masks,
+            _where_prunable(masks, grads),
+            params,
+            state.probabilities,
+        )
+        grads = map_where_prunable(lambda path, m, g: _times(m, g), masks, grads)
+        grads, slopes = clipped((grads, slopes))
+        moves, probability_state = probability_optimizer.update(
+            slopes, state.probability_state, state.probabilities
+        )
+        moved = optax.apply_updates(state.probabilities, moves)
+        with jax.enable_x64(True):  # s(c) in float64, as exact as its count
+            count = optax.safe_increment(state.count).astype(jnp.int64)
+            s = jnp.asarray(at_step(sparsity, count), jnp.float64)
+            budget = sum(p.size for p in jax.tree.leaves(moved)) * (1 - s)
+        return grads, project(moved, budget), probability_state
+
+    def choose(state: ProbMaskState) -> Any:
+        """Which weights the fixed mask keeps."""
+        if draw == "bernoulli":  # m > 1/2 has the probability p at any temperature
+            return jax.tree.map(lambda m: m > 0.5, _draw_masks(state))
+        with jax.enable_x64(True):
+            s = jnp.asarray(at_step(sparsity, state.count.astype(jnp.int64)))
+        everything = Rule(prunable=lambda *_: True)
+        thresholds = leaf_thresholds(state.probabilities, s, everything)
+        return map_where_prunable(
+            lambda path, t, p: (t < 0) | (to_key(p) > to_key(t)) | (p >= 1),
+            thresholds,
+            state.probabilities,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ProbMaskState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProbMaskState]:
+        if params is None:
+            raise ValueError(
+                "probabilities learn from the weights, so update needs them: call "
+                "tx.update(grads, opt_state, params)"
+            )
+        check_same_structure(state.probabilities, params)
+        grads, probabilities, probability_state = jax.lax.cond(
+            state.frozen,
+            lambda: (clipped(updates), state.probabilities, state.probability_state),
+            lambda: learn(state, updates, params),
+        )
+        updates, inner_state = inner.update(
+            grads, state.inner_state, params, **extra_args
+        )
+        updates = map_where_prunable(
+            lambda path, p, u, w: hold_mask(w, pin(u, state.count), state.frozen),
+            probabilities,
+            updates,
+            params,
+        )
+        count = optax.safe_increment(state.count)
+        fix = count == freeze_step
+        state = ProbMaskState(
+            count=count,
+            probabilities=probabilities,
+            temperature=temperature_at(count),
+            seed=state.seed,
+            frozen=state.frozen | fix,
+            probability_state=probability_state,
+            inner_state=inner_state,
+        )
+        updates = jax.lax.cond(
+            fix,
+            lambda: map_where_prunable(_onto_mask, choose(state), updates, params),
+            lambda: updates,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def relaxed_mask(
+    p: jax.Array, u0: jax.Array, u1: jax.Array, temperature: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""A random mask between 0 and 1 that can be differentiated with respect to ``p``.
+
+    .. math::
+        m = \sigma\!\left(T \left(\log(p + e) - \log(1 - p + e) + \text{noise}\right)
+        \right), \qquad
+        \text{noise} = -\log\!\left(\frac{\log(u_0 + e)}{\log(u_1 + e)} + e\right)
+
+    with :math:`e = 10^{-20}`. Above one half with probability :math:`p` at any
+    :math:`T`; the larger :math:`T`, the closer to 0 and 1. Exactly 1 where
+    :math:`p = 1`.
+
+    Args:
+        p: Probabilities in [0, 1], float32, any shape.
+        u0: Uniform random numbers in [0, 1), same shape and dtype.
+        u1: More of them, independent.
+        temperature: The factor :math:`T` above 0 (an inverse temperature), a scalar.
+
+    Returns:
+        Array of the shape and dtype of ``p``, finite in [0, 1].
+
+    Example:
+        >>> p = jnp.array([0.0, 0.5, 1.0])
+        >>> u = jnp.full(3, 0.3)
+        >>> relaxed_mask(p, u, u, 5.0).tolist()
+        [0.0, 0.5, 1.0]
+
+    References:
+        arXiv:2105.01571; the Gumbel-softmax of two classes, arXiv:1611.01144.
+    """
+    noise = -jnp.log(jnp.log(u0 + SMALL) / jnp.log(u1 + SMALL) + SMALL)
+    logits = jnp.log(p + SMALL) - jnp.log(_complement(p)) + noise
+    return jnp.where(p >= 1, 1, jax.nn.sigmoid(temperature * logits))
+
+
+def project(probabilities: Any, budget: jax.typing.ArrayLike) -> Any:
+    r"""The nearest probabilities whose sum is within a budget.
+
+    .. math::
+        p \leftarrow \operatorname{clip}(p - v, 0, 1), \qquad
+        v = \min \left\{v \ge 0 : \sum \operatorname{clip}(p - v, 0, 1) \le K\right\}
+
+    This is the Euclidean projection on :math:`0 \le p \le 1,\ \sum p \le K`. The sum is
+    taken in float64, and :math:`v` is found by bisection, such that the sum is closer
+    than :math:`10^{-7} n` to the budget. Where it is within that already, values are
+    clipped and nothing else.
+
+    Args:
+        probabilities: Pytree of float32 or float64 arrays, :math:`n` numbers in all.
+        budget: The most :math:`K` that they may add up to, a scalar of 0 or more.
+
+    Returns:
+        Pytree of the same structure, shapes and dtypes.
+
+    Example:
+        >>> p = {"a": jnp.array([0.5, 0.75]), "b": jnp.array([0.0])}
+        >>> [x.round(6).tolist() for x in jax.tree.leaves(project(p, 1.0))]
+        [[0.375, 0.625], [0.0]]
+
+    References:
+        arXiv:2105.01571, the projection onto the constraint.
+    """
+    leaves = jax.tree.leaves(probabilities)
+    n = sum(p.size for p in leaves)
+    with jax.enable_x64(True):
+        budget = jnp.asarray(budget).astype(jnp.float64)
+
+        def excess(v: jax.Array) -> jax.Array:
+            kept = [jnp.clip(p.astype(jnp.float64) - v, 0, 1).sum() for p in leaves]
+            return sum(kept[1:], kept[0]) - budget
+
+        def is_off(search: Search) -> jax.Array:
+            *_, off, left = search
+            return (jnp.abs(off) > 0.5 * TOLERANCE * n) & (left > 0)
+
+        def halve(search: Search) -> Search:
+            low, v, high, off, left = search
+            low, high = jnp.where(off > 0, v, low), jnp.where(off > 0, high, v)
+            v = low + (high - low) / 2
+            return low, v, high, excess(v), left - 1
+
+        most = [jnp.max(p, initial=0).astype(jnp.float64) for p in leaves]
+        high = jnp.max(jnp.stack(most))
+        none = jnp.zeros_like(high)
+        off = excess(none)
+        off = jnp.where(off <= TOLERANCE * n, 0, off)
+        left = jnp.full([], HALVINGS, jnp.int32)
+        v = jax.lax.while_loop(is_off, halve, (none, none, high, off, left))[1]
+        return jax.tree.map(
+            lambda p: jnp.clip(p.astype(jnp.float64) - v, 0, 1).astype(p.dtype),
+            probabilities,
+        )
+
+
+@jax.custom_vjp
+def _straight_through(w: jax.Array, seen: jax.Array) -> jax.Array:
+    """What is seen, with the gradient of the weights themselves."""
+    del w
+    return seen
+
+
+_straight_through.defvjp(lambda w, seen: (seen, None), lambda _, g: (g, None))
+
+
+def _draw_masks(state: ProbMaskState) -> Any:
+    """The relaxed mask of a step for each prunable leaf, the same at every call."""
+    place = {path: i for i, path in enumerate(named_leaves(state.probabilities))}
+
+    def draw(path: str, p: jax.Array, _: jax.Array) -> jax.Array:
+        first, second = jax.random.split(key_of(state.seed, state.count, place[path]))
+        u0 = jax.random.uniform(first, p.shape, jnp.float32)
+        u1 = jax.random.uniform(second, p.shape, jnp.float32)
+        return relaxed_mask(p, u0, u1, state.temperature)
+
+    return map_where_prunable(draw, state.probabilities, state.probabilities)
+
+
+def _complement(p: jax.Array) -> jax.Array:
+    """``1 - p + SMALL``, which a compiler may turn into ``(1 + SMALL) - p``, or 0."""
+    return jnp.maximum(1 - p, SMALL)
+
+
+def _slope(m: jax.Array, p: jax.Array, temperature: jax.Array) -> jax.Array:
+    """The derivative of a relaxed mask with respect to its probabilities."""
+    return temperature * m * (1 - m) * (1 / (p + SMALL) + 1 / _complement(p))
+
+
+def _product(g: jax.Array, w: jax.Array) -> jax.Array:
+    return g.astype(jnp.float32) * w.astype(jnp.float32)
+
+
+def _times(m: jax.Array, x: jax.Array) -> jax.Array:
+    """A mask times weights or gradients, exactly these where the mask is 1."""
+    wide = score_dtype(x.dtype)
+    return jnp.where(m == 1, x, (m.astype(wide) * x.astype(wide)).astype(x.dtype))
+
+
+def _ones(w: jax.Array) -> jax.Array:
+    return jnp.ones_like(w, jnp.float32)
+
+
+def _where_prunable(masks: Any, tree: Any) -> Any:
+    """A tree of the parameters' structure without what is not prunable."""
+    return jax.tree.map(
+        lambda m, part: m if is_masked(m) else part, masks, tree, is_leaf=is_masked
+    )
+
+
+def _clip(grads: Any, clip_norm: Any) -> Any:
+    """All gradients, scaled down together to a norm if theirs is larger."""
+    wide = [x.astype(score_dtype(x.dtype)) for x in jax.tree.leaves(grads)]
+    squares = [jnp.sum(x * x) for x in wide]
+    norm = jnp.sqrt(sum(squares[1:], squares[0]))
+    factor = clip_norm / jnp.maximum(norm, clip_norm)
+    return jax.tree.map(lambda x: _times(factor, x), grads)
+
+
+def _onto_mask(path: str, keep: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
+    """The update that lands on zero exactly where the mask does not keep a weight."""
+    stepped = (w + u).astype(w.dtype)
+    least = jnp.copysign(ops.smallest_kept(w.dtype), stepped).astype(w.dtype)
+    alive = jnp.where(to_key(stepped) == 0, least, stepped)
+    return step_onto(w, jnp.where(keep, alive, jnp.zeros_like(w)), u.dtype)
+
+
+def _check_arguments(
+    inner: Any,
+    probability_optimizer: Any,
+    clip_norm: Any,
+    draw: str,
+    prunable: Any,
+) -> None:
+    """Raises early, before anything is compiled, for what can be known early."""
+    check_optimizer(inner)
+    if not isinstance(probability_optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "probability_optimizer is an optimizer, as optax.adam(6e-3), got "
+            f"{type(probability_optimizer).__name__}"
+        )
+    if clip_norm is not None and is_concrete(clip_norm):
+        check_positive(clip_norm, "clip_norm")
+    check_choice(draw, "draw", DRAWS)
+    if not callable(prunable):
+        raise TypeError(
+            "prunable is a function of (path, leaf) that says whether to prune the "
+            f"leaf, got {prunable!r}"
+        )
+
+
+def _check_schedules(
+    rule: Rule, sparsity: Any, freeze_step: int, temperature: Any
+) -> None:
+    """Raises if a schedule is out of range, or leaves no step to learn."""
+    if isinstance(sparsity, Mapping):
+        raise TypeError(
+            "probmask shares one budget among all layers, so sparsity is a number or "
+            f"a schedule, got a mapping of {len(sparsity)} paths: to leave a layer "
+            "dense, use prunable=..."
+        )
+    check_steps(freeze_step, "freeze_step", 2)
+    check_schedules(rule, sparsity, freeze_step)
+    if not is_concrete(freeze_step):
+        return
+    with jax.ensure_compile_time_eval():
+        before = at_step(sparsity, jnp.array(freeze_step - 1))
+        final = at_step(sparsity, jnp.array(freeze_step))
+        hot = {} if temperature is None else {0: temperature, freeze_step: temperature}
+        for step, value in ((c, at_step(t, jnp.array(c))) for c, t in hot.items()):
+            if is_concrete(value):
+                check_positive(value, f"temperature at step {step}")
+        late = is_concrete(final) and is_concrete(before) and before <= 0 < final
+    if late:
+        raise ValueError(
+            f"freeze_step {freeze_step} leaves no step to learn probabilities in: the "
+            "sparsity is still 0 one step before, so let the ramp begin earlier"
+        )

@@ -1,0 +1,237 @@
+"""STR: soft thresholds that are learned, one for each leaf.
+
+Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable
+Sparsity", ICML 2020, arXiv:2002.03231.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from st3jax import ops
+from st3jax.checks import check_optimizer, check_steps, is_concrete
+from st3jax.keys import is_positive, to_key
+from st3jax.trees import (
+    Prunable,
+    check_same_structure,
+    is_kernel,
+    is_masked,
+    map_prunable,
+    map_where_prunable,
+)
+from st3jax.updates import hold_mask, pin, step_onto
+
+__all__ = ["STRState", "str_"]
+
+
+class STRState(NamedTuple):
+    """State of :func:`str_`: bytes per leaf, nothing per weight.
+
+    Attributes:
+        count: int32 [], completed steps.
+        thresholds: For each prunable leaf the learned number ``v``, float32 [], whose
+            sigmoid is the threshold; ``optax.MaskedNode`` elsewhere.
+        frozen: bool [], whether the mask is fixed.
+        threshold_state: State of the optimizer of the thresholds.
+        inner_state: State of the wrapped optimizer.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
+    thresholds: Any
+    frozen: jax.Array
+    threshold_state: optax.OptState
+    inner_state: optax.OptState
+
+    def effective_params(self, params: Any) -> Any:
+        """The weights that the model sees; see :func:`st3jax.sparsify`."""
+        check_same_structure(self.thresholds, params)
+
+        def effective(path: str, v: jax.Array, w: jax.Array) -> jax.Array:
+            t = jnp.where(self.frozen, 0, jax.nn.sigmoid(v))
+            return ops.soft_threshold(ops.hold_zeros(w, self.frozen), t)
+
+        return map_where_prunable(effective, self.thresholds, params)
+
+
+def str_(
+    inner: optax.GradientTransformation,
+    *,
+    threshold_optimizer: optax.GradientTransformation,
+    initial: float = -3200.0,
+    freeze_step: int | None = None,
+    prunable: Prunable = is_kernel,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that thresholds on weights are learned too, with STR.
+
+    Every prunable leaf has a number :math:`v`. The model sees, through
+    :func:`st3jax.sparsify`,
+
+    .. math::
+        w_\text{eff} = \operatorname{sign}(w) \max(|w| - t, 0), \qquad t = \sigma(v)
+
+    With the gradient :math:`g` of the loss with respect to :math:`w_\text{eff}`,
+    ``inner`` receives that of the weights and ``threshold_optimizer`` that of
+    :math:`v`,
+
+    .. math::
+        \frac{\partial L}{\partial w} = g \, [\,|w| > t\,], \qquad
+        \frac{\partial L}{\partial v} =
+        -t (1 - t) \sum g \operatorname{sign}(w) \, [\,|w| > t\,]
+
+    No sparsity is asked for: it emerges. Weight decay is what raises :math:`v` from
+    ``initial``, so its strength decides how sparse the network becomes. While
+    :math:`\sigma(v)` is zero in float32, :math:`w_\text{eff} = w` and training is
+    dense training.
+
+    Args:
+        inner: The optimizer that trains the raw weights. It has to make the final
+            updates: wrap clipping and weight decay in it.
+        threshold_optimizer: The optimizer of all :math:`v`, weight decay included:
+            ``optax.chain(optax.add_decayed_weights(2e-5), optax.sgd(0.1, 0.875))``.
+        initial: The first value of every :math:`v`, a finite number.
+        freeze_step: Number of completed steps at which the weights become
+            :math:`w_\text{eff}` and the mask is fixed: zeros then stay exactly zero,
+            and the other weights train on. Never by default.
+        prunable: Predicate on (path, leaf), where the path is the names joined by
+            ``/``; the default takes every convolution and dense kernel.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` with state :class:`STRState`.
+
+    Raises:
+        ValueError: If an argument is out of its range, if ``init`` finds no prunable
+            leaf, or if ``update`` is called without params or with others than those
+            of ``init``.
+        TypeError: If an argument is of a wrong type, or a prunable leaf is not of a
+            floating-point dtype.
+
+    Example:
+        >>> import st3jax
+        >>> tx = str_(optax.sgd(0.1), threshold_optimizer=optax.sgd(0.1), initial=0.0)
+        >>> params = {"kernel": jnp.array([[1.5, -0.25, 0.5]])}
+        >>> st3jax.finalize(params, tx.init(params))["kernel"].tolist()
+        [[1.0, 0.0, 0.0]]
+
+    References:
+        arXiv:2002.03231, section 3.
+    """
+    _check_arguments(inner, threshold_optimizer, initial, freeze_step, prunable)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> STRState:
+        def first(*_: Any) -> jax.Array:
+            return jnp.full([], initial, jnp.float32)
+
+        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
+            thresholds = first()
+        else:
+            thresholds = map_prunable(first, params, prunable)
+        return STRState(
+            count=jnp.zeros([], jnp.int32),
+            thresholds=thresholds,
+            frozen=jnp.zeros([], bool),
+            threshold_state=threshold_optimizer.init(thresholds),
+            inner_state=inner.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: STRState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, STRState]:
+        if params is None:
+            raise ValueError(
+                "thresholds learn from the weights, so update needs them: call "
+                "tx.update(grads, opt_state, params)"
+            )
+        check_same_structure(state.thresholds, params)
+        slopes = jax.tree.map(
+            _slope, state.thresholds, updates, params, is_leaf=is_masked
+        )
+        moves, threshold_state = threshold_optimizer.update(
+            slopes, state.threshold_state, state.thresholds
+        )
+        thresholds, threshold_state = jax.tree.map(
+            lambda old, new: jnp.where(state.frozen, old, new),
+            (state.thresholds, state.threshold_state),
+            (optax.apply_updates(state.thresholds, moves), threshold_state),
+        )
+        grads = map_where_prunable(
+            lambda path, v, g, w: jnp.where(
+                state.frozen | _reaches(v, w), g, jnp.zeros_like(g)
+            ),
+            state.thresholds,
+            updates,
+            params,
+        )
+        updates, inner_state = inner.update(
+            grads, state.inner_state, params, **extra_args
+        )
+        updates = map_where_prunable(
+            lambda path, v, u, w: hold_mask(w, pin(u, state.count), state.frozen),
+            thresholds,
+            updates,
+            params,
+        )
+        count = optax.safe_increment(state.count)
+        state = STRState(count, thresholds, state.frozen, threshold_state, inner_state)
+        if freeze_step is not None:
+            stepped = state.effective_params(optax.apply_updates(params, updates))
+            fix = count == freeze_step
+            updates = map_where_prunable(
+                lambda path, v, u, w, target: jnp.where(
+                    fix, step_onto(w, target, u.dtype), u
+                ),
+                thresholds,
+                updates,
+                params,
+                stepped,
+            )
+            state = state._replace(frozen=count >= freeze_step)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _reaches(v: jax.Array, w: jax.Array) -> jax.Array:
+    """Whether the gradient of what the model sees reaches the weight."""
+    t = jax.nn.sigmoid(v)
+    return (to_key(w) > to_key(t.astype(jnp.promote_types(w.dtype, t.dtype)))) | (
+        ~is_positive(t)
+    )
+
+
+def _slope(v: Any, g: Any, w: Any) -> Any:
+    """The derivative of the loss with respect to one ``v``."""
+    if is_masked(v):
+        return v
+    (g,), (w,) = jax.tree.leaves(g), jax.tree.leaves(w)  # out of their boxes
+    t = jax.nn.sigmoid(v)
+    passed = jnp.where(_reaches(v, w), g.astype(v.dtype) * jnp.sign(w), 0)
+    return -t * (1 - t) * passed.sum(dtype=v.dtype)
+
+
+def _check_arguments(
+    inner: Any, threshold_optimizer: Any, initial: Any, freeze_step: Any, prunable: Any
+) -> None:
+    """Raises early, before anything is compiled, for what can be known early."""
+    check_optimizer(inner)
+    if not isinstance(threshold_optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "threshold_optimizer is an optimizer with weight decay, as optax.chain("
+            "optax.add_decayed_weights(2e-5), optax.sgd(0.1)), got "
+            f"{type(threshold_optimizer).__name__}"
+        )
+    if is_concrete(initial) and not math.isfinite(initial):
+        raise ValueError(f"initial is a finite number, got {initial}")
+    if freeze_step is not None:
+        check_steps(freeze_step, "freeze_step", 1)
+    if not callable(prunable):
+        raise TypeError(
+            "prunable is a function of (path, leaf) that says whether to prune the "
+            f"leaf, got {prunable!r}"
+        )

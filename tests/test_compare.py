@@ -1,0 +1,170 @@
+"""The study of all methods: what it runs, that it goes on, what its tables say."""
+
+import collections
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+
+import base_config
+
+BENCHMARKS = pathlib.Path(base_config.__file__).parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import compare_methods as study  # noqa: E402  the folder is no package
+import compare_tables as tables  # noqa: E402
+
+TRAIN = """
+import json, pathlib, sys
+flags = dict(arg[2:].split("=", 1) for arg in sys.argv[1:])
+workdir = pathlib.Path(flags["workdir"])
+workdir.mkdir()
+(workdir / "flags.json").write_text(json.dumps(flags))
+if flags["config.seed"] == "13":
+    sys.exit("no luck")
+rate = float(flags["config.learning_rate.peak"])
+report = {
+    "test_accuracy": 0.9 - abs(rate - 0.2), "weights": 100, "nonzero_weights": 5,
+    "multiply_adds": 700, "dense_multiply_adds": 9000, "steps": 2808,
+    "config": {"batch_size": 128, "learning_rate": {"peak": rate}},
+}
+(workdir / "report.json").write_text(json.dumps(report))
+"""
+
+
+@pytest.fixture(autouse=True)
+def parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """A study whose training program only writes a report."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(study, "EXPERIMENTS", tmp_path)
+    return study.Study(tmp_path / "results" / "rows.csv", tmp_path / "runs")
+
+
+def count(rows):
+    return collections.Counter((row.row, row.sparsity) for row in rows)
+
+
+def test_every_method_runs_at_every_sparsity_for_every_seed():
+    runs = study.study(rate=0.2)
+    counts = count(runs)
+    assert counts["dense", 0.0] == 3
+    for method in study.METHODS:
+        for sparsity in (0.8, 0.9, 0.95, 0.98):
+            assert counts[method, sparsity] == 3
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.fields["learning_rate.peak"] for run in runs} == {0.2}
+
+
+def test_the_ablation_has_every_combination_once():
+    runs = list(study.ablation())
+    assert len(runs) == 2 * (2 * 2 * 2 * 3 - 1)
+    ingredients = {
+        tuple(run.fields[f"sparsity.{name}"] for name in (
+            "soft", "rescale", "straight_through", "power",
+        ))
+        for run in runs
+    }  # fmt: skip
+    assert len(ingredients) == 23
+    assert (True, True, True, 3.0) not in ingredients
+    assert study.ablation_row(True, True, True, 3.0) == "ST-3"
+
+
+def test_rows_are_written_once_and_missing_ones_are_run_again(runner, capsys):
+    runs = list(study.sweep())
+    runner.finish(runs[:2])
+    first = study.read_rows(runner.path)
+    runner.finish(runs)
+    rows = study.read_rows(runner.path)
+    assert rows[:2] == first
+    assert len(rows) == len(runs) == 4
+    assert study.best_rate(runner.path) == 0.2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith("[4/4] learning_rate_")
+    assert "95 zeros" in lines[-1]
+    runner.finish(runs)
+    assert not capsys.readouterr().out
+
+
+def test_a_run_gets_its_fields_on_the_command_line(runner):
+    run = next(run for run in study.study(rate=0.2) if run.row == "LRR")
+    row = runner.train(run)
+    text = (runner.folder / run.name / "flags.json").read_text()
+    assert '"config.sparsity.method": "lrr"' in text
+    assert f'"config.sparsity.final": "{run.sparsity}"' in text
+    assert row["cpu_seconds"] >= 0
+    assert (row["zeros"], row["epochs"], row["accuracy"]) == (95, 6, 0.9)
+
+
+def test_a_run_that_another_process_began_has_no_time(runner):
+    run = study.Run("dense", 0.0, 1, {"learning_rate.peak": 0.1})
+    row = runner.train(run)
+    assert runner.row(run, {
+        "test_accuracy": 1, "weights": 2, "nonzero_weights": 1, "multiply_adds": 1,
+        "dense_multiply_adds": 1, "steps": 468,
+        "config": {"batch_size": 128, "learning_rate": {"peak": 0.1}},
+    }, usage=None)["cpu_seconds"] == ""  # fmt: skip
+    assert row["cpu_seconds"] != ""
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(runner, capsys):
+    rate = {"learning_rate.peak": 0.1}
+    runs = [study.Run("dense", 0.0, seed, rate) for seed in (13, 1)]
+    with pytest.raises(SystemExit, match="dense-0-seed13"):
+        runner.finish(runs)
+    assert [row["seed"] for row in study.read_rows(runner.path)] == ["1"]
+    out = capsys.readouterr().out
+    assert "failed: dense-0-seed13" in out
+    assert "no luck" in (runner.folder / "dense-0-seed13.log").read_text()
+
+
+def rows(*triples, **fields):
+    base = {
+        "zeros": "95", "weights": "100", "multiply_adds": "2000",
+        "dense_multiply_adds": "9000", "epochs": "6", "learning_rate": "0.1",
+        "cpu_seconds": "10",
+    }  # fmt: skip
+    return [
+        {**base, "row": row, "asked_sparsity": str(s), "seed": str(i), "accuracy": a}
+        | fields
+        for row, s, accuracies in triples
+        for i, a in enumerate(accuracies)
+    ]
+
+
+def test_tables_have_means_spreads_and_say_what_is_missing():
+    cells = tables.by_cell(
+        [
+            *rows(("dense", 0.0, ("0.9", "0.91", "0.92"))),
+            *rows(("ST-3", 0.95, ("0.8", "0.8", "0.83")), cpu_seconds="15"),
+            *rows(("GMP", 0.9, ("0.5",)), cpu_seconds=""),
+        ]
+    )
+    text = tables.accuracies(cells, seeds=3)
+    assert "| dense | 91.00 ± 1.00 |  |  |  |  | 6 | 1.00 |" in text
+    assert "| ST-3 |  |  |  | 81.00 ± 1.73 |  | 6 | 1.50 |" in text
+    assert "| GMP |  |  | 50.00 (1 of 3 runs) |  |  | 6 |  |" in text
+    assert "| ST-3 |  |  | 95; 2 |  |" in tables.costs(cells)
+    assert "81.00 ± 1.73" in tables.ablation(cells, seeds=3)
+
+
+def test_zeros_that_differ_between_seeds_are_shown():
+    runs = rows(("ProbMask", 0.9, ("0.5", "0.6")))
+    runs[1]["zeros"] = "97"
+    (cell,) = tables.by_cell(runs).values()
+    assert tables.cost(cell) == "95 to 97; 2"
+
+
+def test_figures_show_every_method(tmp_path):
+    methods = [(name, s, ("0.8", "0.9")) for name in study.METHODS for s in (0.8, 0.9)]
+    cells = tables.by_cell(rows(("dense", 0.0, ("0.9",)), *methods))
+    for kind in ("weights", "multiply_adds"):
+        tables.plot(cells, tmp_path / f"{kind}.png", kind)
+        assert (tmp_path / f"{kind}.png").stat().st_size > 10_000
+    assert set(tables.STYLES) == set(study.METHODS)
