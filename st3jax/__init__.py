@@ -4,8 +4,10 @@
     params = st3jax.sparsify(params, opt_state)                   # in your loss
     weights = st3jax.finalize(params, opt_state)                  # exact zeros, to ship
 
-NNX models use :mod:`st3jax.nnx`, imported by name; new methods are built from
-:mod:`st3jax.ops` and :mod:`st3jax.selection`.
+Another method is another name in the first line: ``ste``, ``gmp``, ``lrr``,
+``probmask``, ``granet``, ``rigl``, ``set_`` or ``str_``. NNX models use
+:mod:`st3jax.nnx`, imported by name; new methods are built from :mod:`st3jax.ops` and
+:mod:`st3jax.selection`.
 """
 
 from st3jax import ops, scores, selection

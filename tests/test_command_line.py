@@ -40,7 +40,11 @@ FLAGS = [  # arguments, the one line that ends the run
 FIELDS = [  # field, value, the sentence
     ("sparsity.final", -0.1, "final sparsity is a fraction in [0, 1], got -0.1"),
     ("sparsity.final", float("nan"), "final sparsity is a fraction in [0, 1], got nan"),
-    ("sparsity.method", "stt3", "config.sparsity.method is one of 'none', 'st3', got"),
+    (
+        "sparsity.method",
+        "stt3",
+        "config.sparsity.method is one of 'none', 'st3'",
+    ),
     ("sparsity.criterion", "l2", "criterion is one of 'l1', 'l1_sigma', got 'l2'"),
     ("sparsity.end_epoch", 1, "the ramp ends at step 100, not after it begins at step"),
     ("sparsity.begin_epoch", -1, "begin is a number of steps, 0 or more, got -100"),

@@ -758,24 +758,6 @@ def pick(tree, i):
 
 
 @pytest.mark.parametrize("name", ["granet sparse", "set"])
-def test_pmap_over_two_devices_equals_one(name):
-    tx = METHODS[name](DECAYED)
-    step = jax.pmap(
-        make_step(tx, axis_name="devices"),
-        axis_name="devices",
-        devices=jax.devices()[:2],
-    )
-    params, state = stack(network(), 2), stack(tx.init(network()), 2)
-    for i in range(STEPS):
-        batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), make_batch(i))
-        params, state = step(params, state, batch)
-        replicas = [pick(jax.device_get((params, state)), j) for j in range(2)]
-        assert_identical(*replicas)
-        assert same(masks(replicas[0][1]), masks(usual_run(name)[i + 1][1]))
-        assert_close(replicas[0], usual_run(name)[i + 1])
-
-
-@pytest.mark.parametrize("name", ["granet sparse", "set"])
 def test_shard_map_with_replicated_weights_equals_one_device(name):
     tx = METHODS[name](DECAYED)
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
@@ -865,20 +847,6 @@ def test_an_nnx_model_trains_to_the_exact_sparsity():
     assert int((~nnx.as_pure(optimizer.opt_state).masks["kernel"]).sum()) == asked(
         128, 0.8
     )
-
-
-def test_vmap_over_an_ensemble_equals_training_each_model():
-    tx = METHODS["granet sparse"](DECAYED)
-    params = jax.tree.map(lambda *x: jnp.stack(x), network(0), network(1))
-    state = jax.vmap(tx.init)(params)
-    step = jax.jit(jax.vmap(make_step(tx), (0, 0, None)))
-    for i in range(STEPS):
-        params, state = step(params, state, make_batch(i))
-    together = jax.device_get((params, state))
-    alone = usual_run("granet sparse")[-1], trajectory(tx, network(1), STEPS)[-1]
-    for i in range(2):
-        assert same(masks(pick(together, i)[1]), masks(alone[i][1]))
-        assert_close(pick(together, i), alone[i])
 
 
 @pytest.mark.parametrize("name", ["granet fixed", "set"])

@@ -6,11 +6,11 @@ python experiments/benchmarks/compare_methods.py
 
 Trains ``fashion_mnist_st3.py`` with each method, at each sparsity, for each seed, and
 an ablation of ST-3's ingredients. Every run is a process of ``train.py`` and prints a
-line when it ends. Rows are appended to ``--results``/compare_methods.csv: what is
-there is not run again, and a run that was stopped goes on where it was. The learning
-rate is chosen first, for the dense network, by training images that are held out, and
-kept for all. ``--quick`` is a smaller study. ``compare_tables.py`` makes tables and
-figures of the rows.
+line when it ends. Rows are appended to ``--results``/compare_methods.csv: what is there
+is not run again, and a run that was stopped goes on where it was. What a step takes is
+timed before, in turn with dense steps. The learning rate is chosen first, for
+the dense network, by training images that are held out, and kept for all. ``--quick``
+is a smaller study. ``compare_tables.py`` makes tables and figures of the rows.
 """
 
 import csv
@@ -21,19 +21,26 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
-from absl import app, flags
+import numpy as np
+from absl import app, flags, logging
 
 HERE = pathlib.Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent
+sys.path[:0] = [str(HERE), str(EXPERIMENTS)]
+
+from step_overhead import Step, in_turn  # noqa: E402
+
+import fashion_mnist_st3  # noqa: E402  a neighbour of this folder
+
 RESULTS = EXPERIMENTS / "results"
 
 FOLDER = flags.DEFINE_string("results", str(RESULTS), "Where rows are kept.")
-PROCESSES = flags.DEFINE_integer(
-    "processes", 2, "Runs at the same time, each on a core of its own."
+AT_ONCE = flags.DEFINE_integer(
+    "at_once", 2, "Runs at the same time, each on a core of its own."
 )
 QUICK = flags.DEFINE_bool("quick", False, "One seed, 95 % alone, fewer images.")
 
@@ -54,10 +61,11 @@ SEEDS = (0, 1, 2)
 RATES = (0.05, 0.1, 0.2, 0.4)
 HELD_OUT = {"data.train_split": "train[:90%]", "data.test_split": "train[90%:]"}
 FEWER = {"data.train_split": "train[:40%]"}
+STEPS = 41  # timed, of each method
 ABLATED, ABLATION_SEEDS, POWERS = 0.95, (0, 1), (3.0, 2.0, 1.0)
 FIELDS = (
     "row", "asked_sparsity", "seed", "accuracy", "zeros", "weights", "multiply_adds",
-    "dense_multiply_adds", "epochs", "learning_rate", "cpu_seconds",
+    "dense_multiply_adds", "epochs", "learning_rate",
 )  # fmt: skip
 
 
@@ -106,10 +114,10 @@ def sweep() -> Iterator[Run]:
         yield Run(f"learning rate {rate:g}", 0.0, 100, fields)
 
 
-def compared(methods: dict[str, Any], sparsities: Any, seeds: Any) -> Iterator[Run]:
+def compared(sparsities: Sequence[float], seeds: Sequence[int]) -> Iterator[Run]:
     """Each method at each sparsity for each seed."""
     for sparsity in sparsities:
-        for row, fields in methods.items():
+        for row, fields in METHODS.items():
             for seed in seeds:
                 yield Run(row, sparsity, seed, {**fields, "sparsity.final": sparsity})
 
@@ -134,23 +142,15 @@ def ablation() -> Iterator[Run]:
 
 
 def study(rate: float) -> list[Run]:
-    """All runs, in an order that completes rows first; the longest come last."""
-    once = {row: fields for row, fields in METHODS.items() if row != "LRR"}
-    again = {"LRR": METHODS["LRR"]}
-    dense = {"sparsity.method": "none"}
-    if QUICK.value:
-        runs = [
-            Run("dense", 0.0, 0, dense),
-            *compared(once | again, SPARSITIES[:1], SEEDS[:1]),
-        ]
-    else:
-        runs = [
-            *(Run("dense", 0.0, seed, dense) for seed in SEEDS),
-            *compared(once, SPARSITIES, SEEDS),
-            *compared(again, SPARSITIES, SEEDS),
-            *ablation(),
-        ]
+    """All runs, in an order that completes one sparsity after another."""
+    sparsities = SPARSITIES[:1] if QUICK.value else SPARSITIES
+    seeds = SEEDS[:1] if QUICK.value else SEEDS
     common = {"learning_rate.peak": rate, **(FEWER if QUICK.value else {})}
+    runs = [
+        *(Run("dense", 0.0, seed, {"sparsity.method": "none"}) for seed in seeds),
+        *compared(sparsities, seeds),
+        *(() if QUICK.value else ablation()),
+    ]
     return [run._replace(fields={**common, **run.fields}) for run in runs]
 
 
@@ -175,15 +175,15 @@ class Study:
         self.path, self.folder = path, folder
         self.cores: queue.Queue[int] = queue.Queue()
         free = sorted(os.sched_getaffinity(0))
-        for i in range(PROCESSES.value):
+        for i in range(AT_ONCE.value):
             self.cores.put(free[i % len(free)])
 
     def finish(self, runs: list[Run]) -> None:
-        """Runs what has no row yet, ``--processes`` at a time."""
+        """Runs what has no row yet, ``--at_once`` of them together."""
         done = {key(row) for row in read_rows(self.path)}
         missing = [run for run in runs if (run.row, run.sparsity, run.seed) not in done]
         started, failed = time.monotonic(), []
-        with futures.ThreadPoolExecutor(PROCESSES.value) as pool:
+        with futures.ThreadPoolExecutor(AT_ONCE.value) as pool:
             jobs = {pool.submit(self.train, run): run for run in missing}
             for ended, job in enumerate(futures.as_completed(jobs), 1):
                 name, row = jobs[job].name, job.result()
@@ -206,7 +206,6 @@ class Study:
     def train(self, run: Run) -> dict[str, Any] | None:
         """Trains in a process of its own, to the end; its row, or None if it failed."""
         workdir = self.folder / run.name
-        fresh = not workdir.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
@@ -219,23 +218,14 @@ class Study:
         core = self.cores.get()
         try:
             with (self.folder / f"{run.name}.log").open("w") as log:
-                process = subprocess.Popen(
-                    ["taskset", "-c", str(core), *command],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                _, status, usage = os.wait4(process.pid, 0)
-                process.returncode = os.waitstatus_to_exitcode(status)
+                pinned = ["taskset", "-c", str(core), *command]
+                ended = subprocess.run(pinned, stdout=log, stderr=log, check=False)
         finally:
             self.cores.put(core)
-        report = workdir / "report.json"
-        if process.returncode or not report.exists():
+        path = workdir / "report.json"
+        if ended.returncode or not path.exists():
             return None
-        return self.row(run, json.loads(report.read_text()), usage if fresh else None)
-
-    def row(self, run: Run, report: dict[str, Any], usage: Any) -> dict[str, Any]:
-        """The row of a run; its time is left out if an earlier process began it."""
-        seconds = usage and round(usage.ru_utime + usage.ru_stime, 2)
+        report = json.loads(path.read_text())
         images = report["steps"] * report["config"]["batch_size"]
         return {
             "row": run.row,
@@ -248,7 +238,6 @@ class Study:
             "dense_multiply_adds": report["dense_multiply_adds"],
             "epochs": round(images / 60_000),
             "learning_rate": report["config"]["learning_rate"]["peak"],
-            "cpu_seconds": "" if seconds is None else seconds,
         }
 
     def append(self, row: dict[str, Any]) -> None:
@@ -260,6 +249,23 @@ class Study:
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def time_steps(path: pathlib.Path) -> None:
+    """What a step of each method takes next to a dense one, both in turn."""
+    if path.exists():
+        return
+    lines: list[tuple[str, str]] = []
+    for row, fields in METHODS.items():
+        pair = {}
+        for name, changed in (("dense", {"sparsity.method": "none"}), (row, fields)):
+            config = fashion_mnist_st3.get_config()
+            config.update_from_flattened_dict(changed)
+            pair[name] = Step(config)
+        times = in_turn(pair, STEPS)
+        lines.append((row, f"{np.median(times[row] / times['dense']):.3f}"))
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("row", "step_ratio"), *lines])
 
 
 def best_rate(path: pathlib.Path) -> float:
@@ -275,6 +281,8 @@ def main(argv: list[str]) -> None:
     name = "compare_methods_quick" if QUICK.value else "compare_methods"
     path = pathlib.Path(FOLDER.value, f"{name}.csv")
     runner = Study(path, pathlib.Path("runs", name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time_steps(path.with_name("compare_steps.csv"))
     if QUICK.value:
         runner.finish(study(rate=0.2))
     else:
@@ -284,4 +292,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
     app.run(main)

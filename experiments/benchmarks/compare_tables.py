@@ -56,15 +56,14 @@ def by_cell(rows: Iterable[dict[str, str]]) -> Rows:
     """The runs of each row and sparsity, their numbers as numbers."""
     cells = collections.defaultdict(list)
     for row in rows:
-        numbers = {k: float(v) if v else None for k, v in row.items() if k != "row"}
+        numbers = {k: float(v) for k, v in row.items() if k != "row"}
         cells[row["row"], float(row["asked_sparsity"])].append(numbers)
     return dict(cells)
 
 
-def mean(runs: list[dict[str, Any]], field: str) -> float | None:
-    """The mean over runs that have the field."""
-    values = [run[field] for run in runs if run[field] is not None]
-    return statistics.mean(values) if values else None
+def mean(runs: list[dict[str, Any]], field: str) -> float:
+    """The mean of a field over runs."""
+    return statistics.mean(run[field] for run in runs)
 
 
 def spread(runs: list[dict[str, Any]]) -> float:
@@ -77,7 +76,7 @@ def accuracy(runs: list[dict[str, Any]], seeds: int) -> str:
     """Mean and spread in percent."""
     if not runs:
         return ""
-    text = f"{100 * mean(runs, 'accuracy'):.2f}"  # type: ignore[operator]
+    text = f"{100 * mean(runs, 'accuracy'):.2f}"
     if len(runs) > 1:
         text += f" ± {100 * spread(runs):.2f}"
     return text if len(runs) >= seeds else f"{text} ({len(runs)} of {seeds} runs)"
@@ -89,31 +88,34 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def accuracies(cells: Rows, seeds: int) -> str:
+def read_ratios(path: pathlib.Path) -> dict[str, float]:
+    """What a step of each method takes next to a dense one."""
+    steps = {row["row"]: float(row["step_ratio"]) for row in read_rows(path)}
+    return {"dense": 1.0, **steps}
+
+
+def accuracies(cells: Rows, ratios: dict[str, float], seeds: int) -> str:
     """Test accuracy by method and sparsity, epochs and time next to dense."""
     dense = cells[("dense", 0.0)]
-    lines = [
-        ["dense", accuracy(dense, seeds), *[""] * len(ASKED), *budget(dense, dense)]
-    ]
+    reference = mean(dense, "epochs")
+    blank = [""] * len(ASKED)
+    lines = [["dense", accuracy(dense, seeds), *blank, f"{reference:.0f}", "1.0"]]
     for method in METHODS:
         runs = [cells.get((method, s), []) for s in ASKED]
-        if any(runs):
-            each = [budget(some, dense) for some in runs if some]
-            budgets = [
-                " / ".join(dict.fromkeys(column)) for column in zip(*each, strict=True)
-            ]
+        epochs = [mean(some, "epochs") for some in runs if some]
+        if epochs:
+            times = [ratios[method] * e / reference for e in epochs]
             lines.append(
-                [method, "", *(accuracy(some, seeds) for some in runs), *budgets]
+                [
+                    method,
+                    "",
+                    *(accuracy(some, seeds) for some in runs),
+                    " / ".join(dict.fromkeys(f"{e:.0f}" for e in epochs)),
+                    " / ".join(dict.fromkeys(f"{t:.1f}" for t in times)),
+                ]
             )
     asked = (f"{100 * s:.0f} %" for s in (0, *ASKED))
     return table(["", *asked, "epochs", "time"], lines)
-
-
-def budget(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> tuple[str, str]:
-    """Epochs, and processor time next to that of the dense network."""
-    seconds, reference = mean(runs, "cpu_seconds"), mean(dense, "cpu_seconds")
-    time = f"{seconds / reference:.2f}" if seconds and reference else ""
-    return f"{mean(runs, 'epochs'):.0f}", time
 
 
 def costs(cells: Rows) -> str:
@@ -132,7 +134,7 @@ def cost(runs: list[dict[str, Any]]) -> str:
         return ""
     zeros = sorted({int(run["zeros"]) for run in runs})
     span = f"{zeros[0]:,}" + (f" to {zeros[-1]:,}" if len(zeros) > 1 else "")
-    return f"{span}; {mean(runs, 'multiply_adds') / 1e3:,.0f}"  # type: ignore[operator]
+    return f"{span}; {mean(runs, 'multiply_adds') / 1e3:,.0f}"
 
 
 def ablation(cells: Rows, seeds: int) -> str:
@@ -162,9 +164,9 @@ def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
     """Accuracy against what is left: a share of the weights, or multiply-adds."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     dense = cells[("dense", 0.0)]
-    axes.axhline(100 * mean(dense, "accuracy"), color=DENSE, lw=1, ls="--")  # type: ignore[operator]
+    axes.axhline(100 * mean(dense, "accuracy"), color=DENSE, lw=1, ls="--")
     axes.annotate(
-        "dense", (1, 100 * mean(dense, "accuracy")), xycoords=("axes fraction", "data"),  # type: ignore[operator]
+        "dense", (1, 100 * mean(dense, "accuracy")), xycoords=("axes fraction", "data"),
         xytext=(-4, 3), textcoords="offset points", ha="right", color=DENSE,
     )  # fmt: skip
     for method, (color, marker) in STYLES.items():
@@ -172,10 +174,9 @@ def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
         if not runs:
             continue
         left = [
-            100 * (1 - s) if x == "weights" else mean(some, x) / 1e3  # type: ignore[operator]
-            for s, some in runs
+            100 * (1 - s) if x == "weights" else mean(some, x) / 1e3 for s, some in runs
         ]
-        means = [100 * mean(some, "accuracy") for _, some in runs]  # type: ignore[operator]
+        means = [100 * mean(some, "accuracy") for _, some in runs]
         errors = [100 * spread(some) for _, some in runs]
         axes.errorbar(
             left, means, errors, color=color, marker=marker, ms=5, lw=1.5, capsize=2,
@@ -207,15 +208,15 @@ def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
     plt.close(figure)
 
 
-def markdown(cells: Rows, quick: bool) -> str:
+def markdown(cells: Rows, ratios: dict[str, float], quick: bool) -> str:
     """All tables, each under its heading."""
     seeds = 1 if quick else len(SEEDS)
     weights = int(cells[("dense", 0.0)][0]["weights"])
     dense = cells[("dense", 0.0)][0]["dense_multiply_adds"]
     parts = [
         "Test accuracy in percent, mean and sample standard deviation over "
-        f"{seeds} seeds; time is the processor's, next to that of the dense network.\n",
-        accuracies(cells, seeds),
+        f"{seeds} seeds; time is that of all steps, next to the dense network's.\n",
+        accuracies(cells, ratios, seeds),
         f"Zeros of {weights:,} weights; thousands of multiply-adds an image that are "
         f"left, of {dense / 1e3:,.0f}, mean over seeds.\n",
         costs(cells),
@@ -237,7 +238,8 @@ def main(argv: list[str]) -> None:
     if not rows:
         sys.exit(f"there are no rows in {folder}: run compare_methods.py first")
     cells = by_cell(rows)
-    text = markdown(cells, NAME.value.endswith("quick"))
+    ratios = read_ratios(folder / "compare_steps.csv")
+    text = markdown(cells, ratios, NAME.value.endswith("quick"))
     (folder / f"{NAME.value}.md").write_text(text)
     if NAME.value == "compare_methods":
         plot(cells, folder / "accuracy_sparsity.png", "weights")
