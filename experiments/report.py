@@ -12,7 +12,7 @@ from rich.table import Table
 import st3jax
 from methods import METHODS
 from monitor import read_metrics
-from rates import total_steps
+from rates import cycles, total_steps
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -168,8 +168,9 @@ def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     right.tick_params(axis="y", labelcolor=SPARSITY)
     right.set_ylim(-2, 102)
     epochs = total_steps(config, steps_per_epoch=1)
-    if epochs > config.num_epochs:
-        fixed = max(steps) * config.num_epochs / epochs
+    trained = cycles(config) * config.num_epochs
+    if epochs > trained:
+        fixed = max(steps) * trained / epochs
         axes.axvline(fixed, color="grey", linestyle=":", linewidth=1)
         axes.annotate(
             "mask fixed ", (fixed, 0.03), xycoords=("data", "axes fraction"),

@@ -32,7 +32,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent
 sys.path[:0] = [str(HERE), str(EXPERIMENTS)]
 
-from step_overhead import Step, in_turn  # noqa: E402
+from step_timing import Step, in_turn  # noqa: E402
 
 import fashion_mnist_st3  # noqa: E402  a neighbour of this folder
 

@@ -11,86 +11,22 @@ ResNet-50.
 
 import pathlib
 import sys
-import time
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from flax import jax_utils
 from ml_collections import config_flags
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import base_config  # noqa: E402  a neighbour of this folder
-import st3jax  # noqa: E402
-import steps  # noqa: E402
-from models import create_model  # noqa: E402
-from models.layers import BATCH_AXIS  # noqa: E402
+from step_timing import Step, in_turn  # noqa: E402
+
+import st3jax  # noqa: E402  folders are known now
 
 CONFIG = config_flags.DEFINE_config_file(
     "settings", str(HERE.parent / "cifar10_st3.py"), "Configuration file."
 )
 REPETITIONS = flags.DEFINE_integer("repetitions", 9, "Timed steps of each kind.")
-STEPS_PER_EPOCH = 1000
-
-
-class Step:
-    """A compiled training step and the state it works on."""
-
-    def __init__(self, config: ml_collections.ConfigDict):
-        """Compiles the step of a configuration, in the middle of its ramp."""
-        config = base_config.use_published(config.copy_and_resolve_references())
-        size, channels = config.data.image_size, len(config.data.mean)
-        state = steps.create_train_state(
-            ml_collections.FrozenConfigDict(config),
-            create_model(config, 10),
-            STEPS_PER_EPOCH,
-            costs={},
-        )
-        if config.sparsity.method != "none":
-            middle = (config.sparsity.begin_epoch + config.sparsity.end_epoch) / 2
-            count = jnp.array(round(middle * STEPS_PER_EPOCH), jnp.int32)
-            state = state.replace(opt_state=state.opt_state._replace(count=count))
-        rng = np.random.default_rng(0)
-        shape = (1, config.batch_size, size, size, channels)
-        self.batch = {
-            "image": rng.integers(0, 256, shape, np.uint8),
-            "label": rng.integers(0, 10, shape[:2], np.int32),
-            "valid": np.ones(shape[:2], bool),
-        }
-        self.state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
-        frozen = ml_collections.FrozenConfigDict(config)
-        step = jax.pmap(
-            lambda state, batch: steps.train_step(state, batch, frozen),
-            BATCH_AXIS,
-            donate_argnums=0,
-        )
-        self.run = step.lower(self.state, self.batch).compile()
-        memory: Any = self.run.memory_analysis()
-        self.memory = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-
-    def seconds(self) -> float:
-        """Wall time of one step."""
-        start = time.perf_counter()
-        self.state, _ = self.run(self.state, self.batch)
-        jax.block_until_ready(self.state)
-        return time.perf_counter() - start
-
-
-def in_turn(steps: dict[str, Step], repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds of steps of each kind, in turn and in changing order: noise meets all."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rng = np.random.default_rng(0)
-    for turn in range(repetitions + 2):
-        for name in rng.permutation(list(steps)):
-            taken = steps[name].seconds()
-            if turn >= 2:  # the first threshold has nothing to start from
-                times[name].append(taken)
-    return {name: np.array(each) for name, each in times.items()}
 
 
 def main(argv: list[str]) -> None:
