@@ -5,7 +5,7 @@ Global Sparsity Constraint", CVPR 2021, arXiv:2105.01571.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from st3jax.checks import (
     is_concrete,
 )
 from st3jax.keys import score_dtype, to_key
+from st3jax.projection import project
+from st3jax.relaxed_mask import relaxed_mask, relaxed_slope
 from st3jax.rules import Rule, check_fits, check_schedules
 from st3jax.schedules import at_step
 from st3jax.seeds import key_of, seed_of
@@ -35,19 +37,10 @@ from st3jax.trees import (
 )
 from st3jax.updates import hold_mask, pin, step_onto
 
-__all__ = ["DRAWS", "ProbMaskState", "probmask", "project", "relaxed_mask"]
+__all__ = ["DRAWS", "ProbMaskState", "probmask"]
 
 DRAWS = ("largest", "bernoulli")
 """How the mask is chosen in the end: by exact number, or at random as published."""
-SMALL = 1e-20
-"""Keeps logarithms and quotients finite at probabilities of 0 and 1."""
-TOLERANCE = 1e-7
-"""How far the mean probability may be above its budget."""
-HALVINGS = 64
-"""More than a bisection ever needs; where it ends if a probability is not a number."""
-
-Search: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""Bounds around a shift, the excess there, and how many halvings are left."""
 
 
 class ProbMaskState(NamedTuple):
@@ -248,7 +241,9 @@ def probmask(
         """The gradient of the weights, and the probabilities after the step."""
         masks = _draw_masks(state)
         slopes = map_where_prunable(
-            lambda path, m, g, w, p: _slope(m, p, state.temperature) * _product(g, w),
+            lambda path, m, g, w, p: (
+                relaxed_slope(m, p, state.temperature) * _product(g, w)
+            ),
             masks,
             _where_prunable(masks, grads),
             params,
@@ -327,102 +322,6 @@ def probmask(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def relaxed_mask(
-    p: jax.Array, u0: jax.Array, u1: jax.Array, temperature: jax.typing.ArrayLike
-) -> jax.Array:
-    r"""A random mask between 0 and 1 that can be differentiated with respect to ``p``.
-
-    .. math::
-        m = \sigma\!\left(T \left(\log(p + e) - \log(1 - p + e) + \text{noise}\right)
-        \right), \qquad
-        \text{noise} = -\log\!\left(\frac{\log(u_0 + e)}{\log(u_1 + e)} + e\right)
-
-    with :math:`e = 10^{-20}`. Above one half with probability :math:`p` at any
-    :math:`T`; the larger :math:`T`, the closer to 0 and 1. Exactly 1 where
-    :math:`p = 1`.
-
-    Args:
-        p: Probabilities in [0, 1], float32, any shape.
-        u0: Uniform random numbers in [0, 1), same shape and dtype.
-        u1: More of them, independent.
-        temperature: The factor :math:`T` above 0 (an inverse temperature), a scalar.
-
-    Returns:
-        Array of the shape and dtype of ``p``, finite in [0, 1].
-
-    Example:
-        >>> p = jnp.array([0.0, 0.5, 1.0])
-        >>> u = jnp.full(3, 0.3)
-        >>> relaxed_mask(p, u, u, 5.0).tolist()
-        [0.0, 0.5, 1.0]
-
-    References:
-        arXiv:2105.01571; the Gumbel-softmax of two classes, arXiv:1611.01144.
-    """
-    noise = -jnp.log(jnp.log(u0 + SMALL) / jnp.log(u1 + SMALL) + SMALL)
-    logits = jnp.log(p + SMALL) - jnp.log(_complement(p)) + noise
-    return jnp.where(p >= 1, 1, jax.nn.sigmoid(temperature * logits))
-
-
-def project(probabilities: Any, budget: jax.typing.ArrayLike) -> Any:
-    r"""The nearest probabilities whose sum is within a budget.
-
-    .. math::
-        p \leftarrow \operatorname{clip}(p - v, 0, 1), \qquad
-        v = \min \left\{v \ge 0 : \sum \operatorname{clip}(p - v, 0, 1) \le K\right\}
-
-    This is the Euclidean projection on :math:`0 \le p \le 1,\ \sum p \le K`. The sum is
-    taken in float64, and :math:`v` is found by bisection, such that the sum is closer
-    than :math:`10^{-7} n` to the budget. Where it is within that already, values are
-    clipped and nothing else.
-
-    Args:
-        probabilities: Pytree of float32 or float64 arrays, :math:`n` numbers in all.
-        budget: The most :math:`K` that they may add up to, a scalar of 0 or more.
-
-    Returns:
-        Pytree of the same structure, shapes and dtypes.
-
-    Example:
-        >>> p = {"a": jnp.array([0.5, 0.75]), "b": jnp.array([0.0])}
-        >>> [x.round(6).tolist() for x in jax.tree.leaves(project(p, 1.0))]
-        [[0.375, 0.625], [0.0]]
-
-    References:
-        arXiv:2105.01571, the projection onto the constraint.
-    """
-    leaves = jax.tree.leaves(probabilities)
-    n = sum(p.size for p in leaves)
-    with jax.enable_x64(True):
-        budget = jnp.asarray(budget).astype(jnp.float64)
-
-        def excess(v: jax.Array) -> jax.Array:
-            kept = [jnp.clip(p.astype(jnp.float64) - v, 0, 1).sum() for p in leaves]
-            return sum(kept[1:], kept[0]) - budget
-
-        def is_off(search: Search) -> jax.Array:
-            *_, off, left = search
-            return (jnp.abs(off) > 0.5 * TOLERANCE * n) & (left > 0)
-
-        def halve(search: Search) -> Search:
-            low, v, high, off, left = search
-            low, high = jnp.where(off > 0, v, low), jnp.where(off > 0, high, v)
-            v = low + (high - low) / 2
-            return low, v, high, excess(v), left - 1
-
-        most = [jnp.max(p, initial=0).astype(jnp.float64) for p in leaves]
-        high = jnp.max(jnp.stack(most))
-        none = jnp.zeros_like(high)
-        off = excess(none)
-        off = jnp.where(off <= TOLERANCE * n, 0, off)
-        left = jnp.full([], HALVINGS, jnp.int32)
-        v = jax.lax.while_loop(is_off, halve, (none, none, high, off, left))[1]
-        return jax.tree.map(
-            lambda p: jnp.clip(p.astype(jnp.float64) - v, 0, 1).astype(p.dtype),
-            probabilities,
-        )
-
-
 @jax.custom_vjp
 def _straight_through(w: jax.Array, seen: jax.Array) -> jax.Array:
     """What is seen, with the gradient of the weights themselves."""
@@ -444,16 +343,6 @@ def _draw_masks(state: ProbMaskState) -> Any:
         return relaxed_mask(p, u0, u1, state.temperature)
 
     return map_where_prunable(draw, state.probabilities, state.probabilities)
-
-
-def _complement(p: jax.Array) -> jax.Array:
-    """``1 - p + SMALL``, which a compiler may turn into ``(1 + SMALL) - p``, or 0."""
-    return jnp.maximum(1 - p, SMALL)
-
-
-def _slope(m: jax.Array, p: jax.Array, temperature: jax.Array) -> jax.Array:
-    """The derivative of a relaxed mask with respect to its probabilities."""
-    return temperature * m * (1 - m) * (1 / (p + SMALL) + 1 / _complement(p))
 
 
 def _product(g: jax.Array, w: jax.Array) -> jax.Array:
