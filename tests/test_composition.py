@@ -14,6 +14,17 @@ from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from toy import (
+    assert_close,
+    assert_identical,
+    loss_fn,
+    make_batch,
+    make_step,
+    network,
+    pick,
+    stack,
+    trajectory,
+)
 
 import st3jax
 import st3jax.nnx
@@ -27,56 +38,6 @@ MOMENTUM = optax.sgd(0.1, momentum=0.9)
 DECAYED = optax.chain(optax.add_decayed_weights(0.1), MOMENTUM)
 ADAMW = optax.adamw(0.02, weight_decay=0.1)
 LOOPS = {"while", "scan", "sort", "top_k", "approx_top_k"}
-
-
-def network(seed=0, dtype=jnp.float32):
-    """Two layers with 256 weights, so the threshold at 0.8 is itself a weight."""
-    first, second = jax.random.split(jax.random.key(seed))
-    return {
-        "first": {
-            "kernel": 0.4 * jax.random.normal(first, (8, 16), dtype),
-            "bias": jnp.zeros(16, dtype),
-        },
-        "second": {
-            "kernel": 0.4 * jax.random.normal(second, (16, 8), dtype),
-            "bias": jnp.zeros(8, dtype),
-        },
-    }
-
-
-def make_batch(seed=0, dtype=jnp.float32):
-    x = jax.random.normal(jax.random.key(100 + seed), (16, 8), dtype)
-    return x, jnp.sin(2 * x)
-
-
-def loss_fn(weights, batch):
-    x, y = batch
-    hidden = jax.nn.relu(x @ weights["first"]["kernel"] + weights["first"]["bias"])
-    out = hidden @ weights["second"]["kernel"] + weights["second"]["bias"]
-    return ((out - y) ** 2).mean()
-
-
-def make_step(tx, loss_fn=loss_fn, axis_name=None):
-    def step(params, opt_state, batch):
-        def sparse_loss(params):
-            return loss_fn(st3jax.sparsify(params, opt_state), batch)
-
-        loss, grads = jax.value_and_grad(sparse_loss)(params)
-        if axis_name is not None:
-            loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        updates, new_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), new_state, loss
-
-    return step
-
-
-def trajectory(tx, params, steps, step=None):
-    """Yields parameters and optimizer state after each step."""
-    step = step or jax.jit(make_step(tx))
-    opt_state = tx.init(params)
-    for i in range(steps):
-        params, opt_state, _ = step(params, opt_state, make_batch(i))
-        yield params, opt_state
 
 
 def train(tx, params, steps, step=None):
@@ -128,29 +89,6 @@ def zero_set(params):
 
 def thresholds(opt_state):
     return st3jax.find_state(opt_state).thresholds
-
-
-def assert_identical(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert x.tobytes() == y.tobytes()
-
-
-def assert_close(a, b, rtol=1e-4, atol=1e-5):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b
-    )
-
-
-def stack(tree, n):
-    return jax.tree.map(lambda x: jnp.stack([x] * n), tree)
-
-
-def pick(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
 
 
 def split(batch, n):
@@ -260,7 +198,7 @@ def test_pmap_equals_one_device_with_the_whole_batch(n_devices):
     params = stack(network(), n_devices)
     opt_state = stack(tx.init(network()), n_devices)
     for i, alone in enumerate(usual_run()):
-        params, opt_state, _ = step(params, opt_state, split(make_batch(i), n_devices))
+        params, opt_state = step(params, opt_state, split(make_batch(i), n_devices))
         together = jax.device_get((params, opt_state))
         replicas = [pick(together, j) for j in range(n_devices)]
         for replica in replicas[1:]:
@@ -316,7 +254,7 @@ def assert_ensemble_equals_separate_training(step):
     params = jax.tree.map(lambda *x: jnp.stack(x), network(0), network(1))
     opt_state = jax.vmap(tx.init)(params)
     for i in range(FREEZE + 2):
-        params, opt_state, _ = step(params, opt_state, make_batch(i))
+        params, opt_state = step(params, opt_state, make_batch(i))
         together = jax.device_get((params, opt_state))
         for seed in range(2):
             assert_close(pick(together, seed), usual_run(seed)[i])
@@ -605,7 +543,7 @@ def test_an_injected_learning_rate_can_be_changed_between_steps():
     opt_state.hyperparams["learning_rate"] = jnp.zeros_like(
         opt_state.hyperparams["learning_rate"]
     )
-    still, opt_state, _ = step(params, opt_state, make_batch())
+    still, opt_state = step(params, opt_state, make_batch())
     assert_identical(still, params)
     assert step._cache_size() == 1
 
@@ -617,7 +555,7 @@ def test_an_injected_sparsity_can_be_changed_between_steps():
     params, opt_state = train(tx, network(), 2, step)
     for sparsity in (np.float32(0.8), np.float32(0.3), np.float32(0.0)):
         opt_state.hyperparams["sparsity"] = jnp.asarray(sparsity)
-        params, opt_state, _ = step(params, opt_state, make_batch())
+        params, opt_state = step(params, opt_state, make_batch())
         found = zeros(st3jax.finalize(params, opt_state))
         assert found == (asked(256, np.float64(sparsity)) if sparsity else 0)
     assert step._cache_size() == 1
@@ -732,7 +670,7 @@ def test_donated_params_and_state_are_distinct_buffers_and_train_on():
     for i, alone in enumerate(usual_run()):
         given = params, opt_state
         assert len(set(pointers(given))) == len(pointers(given))
-        params, opt_state, _ = step(*given, make_batch(i))
+        params, opt_state = step(*given, make_batch(i))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
         assert_identical(jax.device_get((params, opt_state)), alone)
 
@@ -793,7 +731,7 @@ def test_a_scan_over_steps_equals_a_python_loop():
     tx, _ = usual()
 
     def body(carry, batch):
-        params, opt_state, _ = make_step(tx)(*carry, batch)
+        params, opt_state = make_step(tx)(*carry, batch)
         return (params, opt_state), (params, opt_state)
 
     batches = jax.tree.map(
@@ -969,13 +907,10 @@ def ramp_at(step):
 @functools.cache
 def low_precision_run(dtype, freeze_step):
     tx = st3jax.st3(DECAYED, RAMP, freeze_step=freeze_step)
-    step = jax.jit(make_step(tx))
-    params, run = network(dtype=dtype), []
-    opt_state = tx.init(params)
-    for i in range(FREEZE + 6):
-        params, opt_state, loss = step(params, opt_state, make_batch(i, dtype))
+    run = []
+    for params, opt_state in trajectory(tx, network(dtype=dtype), FREEZE + 6):
         assert params["first"]["kernel"].dtype == dtype
-        assert jnp.isfinite(loss)
+        assert all(jnp.isfinite(w).all() for w in jax.tree.leaves(params))
         run.append(jax.device_get((params, st3jax.finalize(params, opt_state))))
     return run
 

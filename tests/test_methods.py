@@ -5,12 +5,20 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from toy import (
+    assert_close,
+    assert_identical,
+    loss_fn,
+    make_batch,
+    network,
+    pick,
+    stack,
+)
 
 import st3jax
 
@@ -52,33 +60,6 @@ SAMPLED = {"probmask"}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def network(seed=0, dtype=jnp.float32):
-    """Two layers with 256 weights."""
-    first, second = jax.random.split(jax.random.key(seed))
-    return {
-        "first": {
-            "kernel": 0.4 * jax.random.normal(first, (8, 16), dtype),
-            "bias": jnp.zeros(16, dtype),
-        },
-        "second": {
-            "kernel": 0.4 * jax.random.normal(second, (16, 8), dtype),
-            "bias": jnp.zeros(8, dtype),
-        },
-    }
-
-
-def make_batch(i):
-    x = jax.random.normal(jax.random.key(100 + i), (16, 8))
-    return x, jnp.sin(2 * x)
-
-
-def loss_fn(weights, batch):
-    x, y = batch
-    hidden = jax.nn.relu(x @ weights["first"]["kernel"] + weights["first"]["bias"])
-    out = hidden @ weights["second"]["kernel"] + weights["second"]["bias"]
-    return ((out - y) ** 2).mean()
-
-
 def make_step(tx, axis_name=None):
     """One step; it returns what the model saw besides."""
 
@@ -118,26 +99,6 @@ def usual_run(name, seed=0):
     return jax.device_get(list(trajectory(tx, step, params=network(seed))))
 
 
-def as_numpy(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x)
-
-
-def assert_identical(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = as_numpy(x), as_numpy(y)
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert x.tobytes() == y.tobytes()
-
-
-def assert_close(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(as_numpy(x), as_numpy(y), rtol=1e-4, atol=1e-5)
-
-
 def shapes(tree):
     """What a compiled program depends on: structure, shapes, dtypes, weak types."""
     described = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
@@ -146,14 +107,6 @@ def shapes(tree):
 
 def zeros(weights):
     return int(st3jax.summary(weights).zeros)
-
-
-def stack(tree, n):
-    return jax.tree.map(lambda x: jnp.stack([x] * n), tree)
-
-
-def pick(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
 
 
 # Sparsity

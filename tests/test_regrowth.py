@@ -10,12 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
 from flax import nnx
 from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from toy import (
+    assert_close,
+    assert_identical,
+    loss_fn,
+    make_batch,
+    make_step,
+    network,
+)
 
 import st3jax
 import st3jax.nnx
@@ -57,54 +66,10 @@ METHODS = {
 END = {"granet fixed": 10, "rigl": 9, "set": 9}
 
 
-def network(seed=0, dtype=jnp.float32):
-    first, second = jax.random.split(jax.random.key(seed))
-    return {
-        "first": {
-            "kernel": 0.4 * jax.random.normal(first, (8, 16), dtype),
-            "bias": jnp.zeros(16, dtype),
-        },
-        "second": {"kernel": 0.4 * jax.random.normal(second, (16, 8), dtype)},
-    }
-
-
-def make_batch(seed=0, dtype=jnp.float32):
-    x = jax.random.normal(jax.random.key(100 + seed), (16, 8), dtype)
-    return x, jnp.sin(2 * x)
-
-
-def loss_fn(weights, batch):
-    x, y = batch
-    hidden = jax.nn.relu(x @ weights["first"]["kernel"] + weights["first"]["bias"])
-    return ((hidden @ weights["second"]["kernel"] - y) ** 2).mean()
-
-
-def make_step(tx, loss_fn=loss_fn, axis_name=None):
-    def step(params, opt_state, batch):
-        def sparse_loss(params):
-            return loss_fn(st3jax.sparsify(params, opt_state), batch)
-
-        grads = jax.grad(sparse_loss)(params)
-        if axis_name is not None:
-            grads = jax.lax.pmean(grads, axis_name)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step
-
-
 def trajectory(tx, params, steps, step=None):
     """Parameters and optimizer state before the first step and after each."""
-    step, opt_state = step or jax.jit(make_step(tx)), jax.jit(tx.init)(params)
-    run = [(params, opt_state)]
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, make_batch(i, params_dtype(params)))
-        run.append((params, opt_state))
-    return jax.device_get(run)
-
-
-def params_dtype(params):
-    return jax.tree.leaves(params)[0].dtype
+    start = params, tx.init(params)
+    return jax.device_get([start, *toy.trajectory(tx, params, steps, step)])
 
 
 def usual_run(name, dtype=jnp.float32):
@@ -142,19 +107,6 @@ def inactive(opt_state):
 
 def asked(n, sparsity):
     return math.floor(sparsity * (n - 1)) + 1
-
-
-def assert_identical(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
-
-
-def assert_close(a, b):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), a, b
-    )
 
 
 def same(a, b):
@@ -747,14 +699,6 @@ def test_a_restored_state_grows_as_it_would_have_whatever_the_key_is_now():
 
 
 # Devices and transformations
-
-
-def stack(tree, n):
-    return jax.tree.map(lambda x: jnp.stack([x] * n), tree)
-
-
-def pick(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
 
 
 @pytest.mark.parametrize("name", ["granet sparse", "set"])
