@@ -136,13 +136,12 @@ def test_tables_have_means_spreads_and_say_what_is_missing():
         ]
     )
     text = tables.accuracies(cells, {"ST-3": 1.5, "GMP": 1.0, "LRR": 1.1}, seeds=3)
-    assert "| dense | 91.00 ± 1.00 |  |  |  |  | 6 | 1.0 |" in text
-    assert "| ST-3 |  |  |  | 81.00 ± 1.73 |  | 6 | 1.5 |" in text
-    assert "| GMP |  |  | 50.00 (1 of 3 runs) |  |  | 6 | 1.0 |" in text
-    assert (
-        "| LRR |  | 70.00 ± 0.00 | 60.00 ± 0.00 |  |  | 24 / 30 | 4.4 / 5.5 |" in text
-    )
-    assert "| ST-3 |  |  | 95; 2 |  |" in tables.costs(cells)
+    assert "|  | 0 % | 80 % | 90 % | 95 % | epochs | time |" in text
+    assert "| dense | 91.00 ± 1.00 |  |  |  | 6 | 1.0 |" in text
+    assert "| ST-3 |  |  |  | 81.00 ± 1.73 | 6 | 1.5 |" in text
+    assert "| GMP |  |  | 50.00 (1 of 3 runs) |  | 6 | 1.0 |" in text
+    assert "| LRR |  | 70.00 ± 0.00 | 60.00 ± 0.00 |  | 24 / 30 | 4.4 / 5.5 |" in text
+    assert "| ST-3 |  |  | 95; 2 |" in tables.costs(cells)
     assert "81.00 ± 1.73" in tables.ablation(cells, seeds=3)
 
 
@@ -151,6 +150,14 @@ def test_zeros_that_differ_between_seeds_are_shown():
     runs[1]["zeros"] = "97"
     (cell,) = tables.by_cell(runs).values()
     assert tables.cost(cell) == "95 to 97; 2"
+
+
+def test_figures_tell_of_longer_training():
+    cells = [rows(("LRR", 0.8, ("0.7",)), epochs=e) for e in ("24", "36")]
+    cells = [cell for some in cells for cell in tables.by_cell(some).values()]
+    assert tables.longer(cells, 6.0) == ", 24 to 36 epochs"
+    assert tables.longer(cells[:1], 6.0) == ", 24 epochs"
+    assert tables.longer(cells[:1], 24.0) == ""
 
 
 def test_figures_show_every_method(tmp_path):

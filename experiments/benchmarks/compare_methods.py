@@ -236,7 +236,7 @@ class Study:
             "weights": report["weights"],
             "multiply_adds": report["multiply_adds"],
             "dense_multiply_adds": report["dense_multiply_adds"],
-            "epochs": round(images / 60_000),
+            "epochs": round(images / 60_000, 1),
             "learning_rate": report["config"]["learning_rate"]["peak"],
         }
 

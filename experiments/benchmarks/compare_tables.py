@@ -7,6 +7,7 @@ to the rows, and prints the tables. A cell without all its runs says how many it
 """
 
 import collections
+import itertools
 import pathlib
 import statistics
 import sys
@@ -37,7 +38,6 @@ NAME = flags.DEFINE_enum(
     "study", "compare_methods", ["compare_methods", "compare_methods_quick"], "Which."
 )
 
-ASKED = sorted(SPARSITIES)
 DENSE, GRID = "#555555", "#dddddd"
 STYLES = {
     "ST-3": ("#0072b2", "o"),
@@ -59,6 +59,11 @@ def by_cell(rows: Iterable[dict[str, str]]) -> Rows:
         numbers = {k: float(v) for k, v in row.items() if k != "row"}
         cells[row["row"], float(row["asked_sparsity"])].append(numbers)
     return dict(cells)
+
+
+def asked(cells: Rows) -> list[float]:
+    """The sparsities that any method has a run at, in order."""
+    return [s for s in sorted(SPARSITIES) if any((m, s) in cells for m in METHODS)]
 
 
 def mean(runs: list[dict[str, Any]], field: str) -> float:
@@ -98,10 +103,11 @@ def accuracies(cells: Rows, ratios: dict[str, float], seeds: int) -> str:
     """Test accuracy by method and sparsity, epochs and time next to dense."""
     dense = cells[("dense", 0.0)]
     reference = mean(dense, "epochs")
-    blank = [""] * len(ASKED)
-    lines = [["dense", accuracy(dense, seeds), *blank, f"{reference:.0f}", "1.0"]]
+    columns = asked(cells)
+    blank = [""] * len(columns)
+    lines = [["dense", accuracy(dense, seeds), *blank, f"{reference:.3g}", "1.0"]]
     for method in METHODS:
-        runs = [cells.get((method, s), []) for s in ASKED]
+        runs = [cells.get((method, s), []) for s in columns]
         epochs = [mean(some, "epochs") for some in runs if some]
         if epochs:
             times = [ratios[method] * e / reference for e in epochs]
@@ -110,22 +116,22 @@ def accuracies(cells: Rows, ratios: dict[str, float], seeds: int) -> str:
                     method,
                     "",
                     *(accuracy(some, seeds) for some in runs),
-                    " / ".join(dict.fromkeys(f"{e:.0f}" for e in epochs)),
+                    " / ".join(dict.fromkeys(f"{e:.3g}" for e in epochs)),
                     " / ".join(dict.fromkeys(f"{t:.1f}" for t in times)),
                 ]
             )
-    asked = (f"{100 * s:.0f} %" for s in (0, *ASKED))
-    return table(["", *asked, "epochs", "time"], lines)
+    percent = (f"{100 * s:.0f} %" for s in (0, *columns))
+    return table(["", *percent, "epochs", "time"], lines)
 
 
 def costs(cells: Rows) -> str:
     """Zeros that there are, and multiply-adds that are left, by method and sparsity."""
-    lines = []
+    columns, lines = asked(cells), []
     for method in METHODS:
-        runs = [cells.get((method, s), []) for s in ASKED]
+        runs = [cells.get((method, s), []) for s in columns]
         if any(runs):
             lines.append([method, *(cost(some) for some in runs)])
-    return table(["", *(f"{100 * s:.0f} %" for s in ASKED)], lines)
+    return table(["", *(f"{100 * s:.0f} %" for s in columns)], lines)
 
 
 def cost(runs: list[dict[str, Any]]) -> str:
@@ -139,53 +145,67 @@ def cost(runs: list[dict[str, Any]]) -> str:
 
 def ablation(cells: Rows, seeds: int) -> str:
     """Accuracy of every combination of ingredients, by the power of the ramp."""
+    combinations = list(itertools.product((True, False), repeat=3))
+
+    def runs(combination: tuple[bool, ...], power: float) -> list[dict[str, Any]]:
+        soft, rescale, straight_through = combination
+        row = ablation_row(soft, rescale, straight_through, power)
+        return cells.get((row, ABLATED), [])[:seeds]
+
+    powers = [p for p in POWERS if any(runs(c, p) for c in combinations)]
     lines = []
-    for soft in (True, False):
-        for rescale in (True, False):
-            for straight_through in (True, False):
-                rows = [
-                    ablation_row(soft, rescale, straight_through, power)
-                    for power in POWERS
-                ]
-                runs = [cells.get((row, ABLATED), [])[:seeds] for row in rows]
-                lines.append(
-                    [
-                        "soft" if soft else "hard",
-                        "yes" if rescale else "no",
-                        "straight-through" if straight_through else "masked",
-                        *(accuracy(some, seeds) for some in runs),
-                    ]
-                )
-    head = ["threshold", "rescaled", "gradient", *(f"power {p:g}" for p in POWERS)]
+    for combination in combinations:
+        soft, rescale, straight_through = combination
+        some = [runs(combination, power) for power in powers]
+        lines.append(
+            [
+                "soft" if soft else "hard",
+                "yes" if rescale else "no",
+                "straight-through" if straight_through else "masked",
+                *(accuracy(cell, seeds) for cell in some),
+            ]
+        )
+    head = ["threshold", "rescaled", "gradient", *(f"power {p:g}" for p in powers)]
     return table(head, lines)
+
+
+def longer(cells: list[list[dict[str, Any]]], reference: float) -> str:
+    """How many epochs a method trains, if they are more than the dense network's."""
+    epochs = [mean(runs, "epochs") for runs in cells]
+    least, most = f"{min(epochs):.3g}", f"{max(epochs):.3g}"
+    if max(epochs) <= reference:
+        return ""
+    return f", {least} to {most} epochs" if least != most else f", {most} epochs"
 
 
 def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
     """Accuracy against what is left: a share of the weights, or multiply-adds."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    dense = cells[("dense", 0.0)]
+    dense, columns = cells[("dense", 0.0)], asked(cells)
     axes.axhline(100 * mean(dense, "accuracy"), color=DENSE, lw=1, ls="--")
     axes.annotate(
         "dense", (1, 100 * mean(dense, "accuracy")), xycoords=("axes fraction", "data"),
-        xytext=(-4, 3), textcoords="offset points", ha="right", color=DENSE,
+        xytext=(4, 0), textcoords="offset points", va="center", color=DENSE,
     )  # fmt: skip
-    for method, (color, marker) in STYLES.items():
-        runs = [(s, cells[method, s]) for s in ASKED if (method, s) in cells]
+    for i, (method, (color, marker)) in enumerate(STYLES.items()):
+        runs = [(s, cells[method, s]) for s in columns if (method, s) in cells]
         if not runs:
             continue
+        beside = 1.02 ** (i - len(STYLES) // 2)  # markers would hide each other
         left = [
-            100 * (1 - s) if x == "weights" else mean(some, x) / 1e3 for s, some in runs
+            100 * (1 - s) * beside if x == "weights" else mean(some, x) / 1e3
+            for s, some in runs
         ]
         means = [100 * mean(some, "accuracy") for _, some in runs]
         errors = [100 * spread(some) for _, some in runs]
         axes.errorbar(
             left, means, errors, color=color, marker=marker, ms=5, lw=1.5, capsize=2,
-            label=method,
+            label=method + longer([some for _, some in runs], mean(dense, "epochs")),
         )  # fmt: skip
     axes.set_xscale("log")
     if x == "weights":
         axes.set_xticks(
-            [100 * (1 - s) for s in ASKED], [f"{100 * s:.0f} %" for s in ASKED]
+            [100 * (1 - s) for s in columns], [f"{100 * s:.0f} %" for s in columns]
         )
         axes.set_xticks([], minor=True)
         axes.set_xlabel("share of zero weights")
@@ -211,14 +231,15 @@ def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
 def markdown(cells: Rows, ratios: dict[str, float], quick: bool) -> str:
     """All tables, each under its heading."""
     seeds = 1 if quick else len(SEEDS)
+    several = f"mean and sample standard deviation over {seeds} seeds"
     weights = int(cells[("dense", 0.0)][0]["weights"])
     dense = cells[("dense", 0.0)][0]["dense_multiply_adds"]
     parts = [
-        "Test accuracy in percent, mean and sample standard deviation over "
-        f"{seeds} seeds; time is that of all steps, next to the dense network's.\n",
+        f"Test accuracy in percent, {'one seed' if quick else several}; epochs of "
+        "60,000 images; time is that of all steps, next to the dense network's.\n",
         accuracies(cells, ratios, seeds),
         f"Zeros of {weights:,} weights; thousands of multiply-adds an image that are "
-        f"left, of {dense / 1e3:,.0f}, mean over seeds.\n",
+        f"left, of {dense / 1e3:,.0f}.\n",
         costs(cells),
     ]
     if not quick:
