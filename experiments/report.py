@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 import ml_collections
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -156,9 +157,10 @@ def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     rows = [row for row in read_metrics(workdir) if "test_accuracy" in row]
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.plot(steps, [100 * row["test_accuracy"] for row in rows], color=ACCURACY)
-    last = 100 * rows[-1]["test_accuracy"]
-    axes.set(xlabel="step", xlim=(0, max(steps)), ylim=(max(0, last - 20), 100.5))
+    accuracy = [100 * row["test_accuracy"] for row in rows]
+    axes.plot(steps, accuracy, color=ACCURACY)
+    lowest = max(0, min(accuracy[-1] - 20, np.quantile(accuracy, 0.2) - 5))
+    axes.set(xlabel="step", xlim=(0, max(steps)), ylim=(lowest, 100.5))
     axes.set_ylabel("test accuracy, %", color=ACCURACY)
     axes.tick_params(axis="y", labelcolor=ACCURACY)
     axes.grid(axis="y", color=GRID)
