@@ -212,7 +212,7 @@ def plot(cells: Rows, path: pathlib.Path, x: str) -> None:
     else:
         ticks = [
             t
-            for t in (20, 50, 100, 150, 200, 300, 500, 700, 1000)
+            for t in (20, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
             if min(axes.get_xlim()) < t
         ]
         ticks = [t for t in ticks if t < max(axes.get_xlim())]
