@@ -175,6 +175,7 @@ def test_the_readme_shows_what_the_rows_say():
     ratios = tables.read_ratios(study.RESULTS / "compare_steps.csv")
     assert tables.accuracies(cells, ratios, len(study.SEEDS)) in readme
     assert tables.costs(cells) in readme
+    assert tables.ablation(cells, len(study.ABLATION_SEEDS)) in readme
 
 
 def test_every_row_of_the_results_belongs_to_the_study():
