@@ -101,6 +101,13 @@ def test_a_run_gets_its_fields_on_the_command_line(runner):
     assert (row["zeros"], row["epochs"], row["accuracy"]) == (95, 6, 0.9)
 
 
+def test_epochs_keep_a_decimal(runner):
+    script = study.EXPERIMENTS / "train.py"
+    script.write_text(TRAIN.replace('"steps": 2808', '"steps": 1122'))  # --quick's
+    run = study.study(rate=0.2)[0]
+    assert runner.train(run)["epochs"] == 2.4
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(runner, capsys):
     rate = {"learning_rate.peak": 0.1}
     runs = [study.Run("dense", 0.0, seed, rate) for seed in (13, 1)]
