@@ -10,13 +10,14 @@ Another method is another name in the first line: ``ste``, ``gmp``, ``lrr``,
 :mod:`st3jax.selection`.
 """
 
-from st3jax import ops, scores, selection
+from st3jax import ops, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
-from st3jax.gradual import ThresholdState
+from st3jax.engine.gradual import ThresholdState
+from st3jax.engine.regrowth import RegrowthState
 from st3jax.methods.gmp import gmp
 from st3jax.methods.granet import granet
 from st3jax.methods.lrr import lrr, lrr_cycles
-from st3jax.methods.probmask import ProbMaskState, probmask
+from st3jax.methods.probmask.probmask import ProbMaskState, probmask
 from st3jax.methods.rigl import rigl
 from st3jax.methods.set_ import set_
 from st3jax.methods.st3 import st3
@@ -25,7 +26,7 @@ from st3jax.methods.str_ import STRState, str_
 from st3jax.metrics import Layer, Summary, summary
 from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
-from st3jax.regrowth import RegrowthState
+from st3jax.rule import scores
 from st3jax.schedules import polynomial_ramp
 from st3jax.trees import is_kernel
 from st3jax.version import __version__

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from st3jax.keys import to_key
+from st3jax.selection.keys import to_key
 from st3jax.trees import Prunable, is_kernel, prunable_leaves
 
 __all__ = ["Layer", "Summary", "summary"]

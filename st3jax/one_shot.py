@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from st3jax import ops
-from st3jax.budgets import Costs
-from st3jax.patterns import weight_thresholds
-from st3jax.rules import check_final_sparsity, make_rule
-from st3jax.thresholds import leaf_thresholds
+from st3jax.rule.costs import Costs
+from st3jax.rule.patterns import weight_thresholds
+from st3jax.rule.rule import check_final_sparsity, make_rule
+from st3jax.rule.thresholds import leaf_thresholds
 from st3jax.trees import Prunable, is_kernel, map_where_prunable
 
 __all__ = ["prune"]

@@ -14,7 +14,7 @@ Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.0107
 import jax
 import jax.numpy as jnp
 
-from st3jax.keys import is_positive, score_dtype, to_key
+from st3jax.selection.keys import is_positive, score_dtype, to_key
 
 __all__ = [
     "channel_scale",

@@ -11,7 +11,7 @@ from flax import nnx
 
 import st3jax
 import st3jax.nnx
-from st3jax.selection import threshold
+from st3jax.selection.quantile import threshold
 
 SGD = optax.sgd(0.1)
 KERNEL, BIAS = jnp.ones((2, 3)), jnp.ones(3)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import st3jax
-from st3jax.selection import threshold
+from st3jax.selection.quantile import threshold
 
 F16, BF16, F32, F64 = map(jnp.dtype, ("float16", "bfloat16", "float32", "float64"))
 DTYPES = {

@@ -28,8 +28,8 @@ from toy import (
 
 import st3jax
 import st3jax.nnx
-from st3jax.rules import Rule
-from st3jax.thresholds import leaf_thresholds
+from st3jax.rule.rule import Rule
+from st3jax.rule.thresholds import leaf_thresholds
 
 SPARSITY = 0.8
 BEGIN, END, FREEZE = 2, 6, 8

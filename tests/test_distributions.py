@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import st3jax
 from models.resnet import cifar_resnet, imagenet_resnet
-from st3jax.distributions import erk_densities
+from st3jax.rule.distributions import erk_densities
 
 few = settings(deadline=None, max_examples=15)
 seeds = st.integers(0, 2**32 - 1)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import st3jax
 import st3jax.nnx
-from st3jax import patterns
+from st3jax.rule import patterns
 
 DTYPES = tuple(map(jnp.dtype, ("float32", "float64", "bfloat16", "float16")))
 SGD = optax.sgd(0.1)

@@ -28,10 +28,10 @@ from toy import (
 
 import st3jax
 import st3jax.nnx
-from st3jax import projection
-from st3jax.methods.probmask import ProbMaskState, probmask
-from st3jax.projection import project
-from st3jax.relaxed_mask import relaxed_mask
+from st3jax.methods.probmask import projection
+from st3jax.methods.probmask.probmask import ProbMaskState, probmask
+from st3jax.methods.probmask.projection import project
+from st3jax.methods.probmask.relaxed_mask import relaxed_mask
 
 SPARSITY = 0.8
 BEGIN, END, FREEZE = 2, 6, 8

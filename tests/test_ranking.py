@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from st3jax.ranking import largest
+from st3jax.selection.ranking import largest
 
 SIZE = 12
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)

@@ -28,12 +28,12 @@ from toy import (
 
 import st3jax
 import st3jax.nnx
-from st3jax.distributions import erk_densities
+from st3jax.engine.regrowth import RegrowthState
+from st3jax.engine.seeds import seed_of
 from st3jax.methods.granet import granet
 from st3jax.methods.rigl import rigl
 from st3jax.methods.set_ import set_
-from st3jax.regrowth import RegrowthState
-from st3jax.seeds import seed_of
+from st3jax.rule.distributions import erk_densities
 
 KEY = jax.random.key(7)
 RAMP = st3jax.polynomial_ramp(0.8, begin=2, end=8)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from st3jax import bit_search, digit_search
-from st3jax.keys import from_key, to_key
-from st3jax.selection import threshold
-from st3jax.tally import Tally
+from st3jax.selection import bit_search, digit_search
+from st3jax.selection.keys import from_key, to_key
+from st3jax.selection.quantile import threshold
+from st3jax.selection.tally import Tally
 
 N = 300_000  # enough for a sample to be taken
 RANKS = (0, 1, N // 2, int(0.9 * N), N - 2, N - 1)

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from st3jax import keys
-from st3jax.scores import score_factor, scores, weight_threshold
-from st3jax.selection import threshold
+from st3jax.rule.scores import score_factor, scores, weight_threshold
+from st3jax.selection import keys
+from st3jax.selection.quantile import threshold
 
 F16, BF16, F32, F64 = map(jnp.dtype, ("float16", "bfloat16", "float32", "float64"))
 Leaf = jax.ShapeDtypeStruct

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import st3jax
-from st3jax.updates import clear_state
+from st3jax.engine.updates import clear_state
 
 SHAPE = (2, 3)
 KEPT = jnp.array([[True, False, True], [False, False, True]])

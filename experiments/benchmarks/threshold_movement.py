@@ -24,6 +24,8 @@ from ml_collections import config_flags
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from st3jax.keys import to_key  # noqa: E402
+
 import data_sources  # noqa: E402  a neighbour of this folder
 import input_pipeline  # noqa: E402
 import steps  # noqa: E402
@@ -31,7 +33,6 @@ import train  # noqa: E402
 from models import create_model  # noqa: E402
 from models.layers import BATCH_AXIS  # noqa: E402
 from rates import total_steps  # noqa: E402
-from st3jax.keys import to_key  # noqa: E402
 from st3jax.selection import MARGIN  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_steps, is_concrete
-from st3jax.regrowth import regrowth
-from st3jax.rules import LAST_STEP, Rule, check_schedules
+from st3jax.engine.regrowth import regrowth
+from st3jax.engine.seeds import seed_of
+from st3jax.rule.rule import LAST_STEP, Rule, check_schedules
 from st3jax.schedules import Sparsity, at_step
-from st3jax.seeds import seed_of
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["granet"]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_steps
-from st3jax.gradual import gradual
-from st3jax.rules import Rule
+from st3jax.engine.gradual import gradual
+from st3jax.rule.rule import Rule
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["lrr", "lrr_cycles"]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_steps
-from st3jax.regrowth import regrowth
-from st3jax.seeds import seed_of
+from st3jax.engine.regrowth import regrowth
+from st3jax.engine.seeds import seed_of
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["set_"]

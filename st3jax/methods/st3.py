@@ -6,11 +6,11 @@ Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.0107
 
 import optax
 
-from st3jax.budgets import Costs
-from st3jax.gradual import gradual
-from st3jax.rules import make_rule
+from st3jax.engine.gradual import gradual
+from st3jax.rule.costs import Costs
+from st3jax.rule.rule import make_rule
 from st3jax.schedules import Sparsity
-from st3jax.tally import AxisName
+from st3jax.selection.tally import AxisName
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["st3"]

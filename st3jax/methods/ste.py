@@ -2,11 +2,11 @@
 
 import optax
 
-from st3jax.budgets import Costs
-from st3jax.gradual import gradual
-from st3jax.rules import make_rule
+from st3jax.engine.gradual import gradual
+from st3jax.rule.costs import Costs
+from st3jax.rule.rule import make_rule
 from st3jax.schedules import Sparsity
-from st3jax.tally import AxisName
+from st3jax.selection.tally import AxisName
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["ste"]

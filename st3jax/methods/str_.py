@@ -13,7 +13,8 @@ import optax
 
 from st3jax import ops
 from st3jax.checks import check_optimizer, check_steps, is_concrete
-from st3jax.keys import is_positive, to_key
+from st3jax.engine.updates import hold_mask, pin, step_onto
+from st3jax.selection.keys import is_positive, to_key
 from st3jax.trees import (
     Prunable,
     check_same_structure,
@@ -22,7 +23,6 @@ from st3jax.trees import (
     map_prunable,
     map_where_prunable,
 )
-from st3jax.updates import hold_mask, pin, step_onto
 
 __all__ = ["STRState", "str_"]
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import st3jax
-from st3jax.selection import threshold
+from st3jax.selection.quantile import threshold
 
 PARAMS = {
     "columns": {"kernel": np.random.default_rng(0).standard_normal((64, 512), "f4")},

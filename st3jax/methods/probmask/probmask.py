@@ -19,13 +19,14 @@ from st3jax.checks import (
     check_steps,
     is_concrete,
 )
-from st3jax.keys import score_dtype, to_key
-from st3jax.projection import project
-from st3jax.relaxed_mask import relaxed_mask, relaxed_slope
-from st3jax.rules import Rule, check_fits, check_schedules
+from st3jax.engine.seeds import key_of, seed_of
+from st3jax.engine.updates import hold_mask, pin, step_onto
+from st3jax.methods.probmask.projection import project
+from st3jax.methods.probmask.relaxed_mask import relaxed_mask, relaxed_slope
+from st3jax.rule.rule import Rule, check_fits, check_schedules
+from st3jax.rule.thresholds import leaf_thresholds
 from st3jax.schedules import at_step
-from st3jax.seeds import key_of, seed_of
-from st3jax.thresholds import leaf_thresholds
+from st3jax.selection.keys import score_dtype, to_key
 from st3jax.trees import (
     Prunable,
     check_same_structure,
@@ -35,7 +36,6 @@ from st3jax.trees import (
     map_where_prunable,
     named_leaves,
 )
-from st3jax.updates import hold_mask, pin, step_onto
 
 __all__ = ["DRAWS", "ProbMaskState", "probmask"]
 

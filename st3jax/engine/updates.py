@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from st3jax.keys import to_key
 from st3jax.ops import smallest_kept
+from st3jax.selection.keys import to_key
 
 __all__ = ["clear_state", "hold_mask", "pin", "step_onto"]
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from st3jax import bit_search, digit_search
 from st3jax.checks import check_cost, check_fraction
-from st3jax.keys import from_key, score_dtype, to_key, widened
-from st3jax.tally import AxisName, Tally, sharded_over
+from st3jax.selection import bit_search, digit_search
+from st3jax.selection.keys import from_key, score_dtype, to_key, widened
+from st3jax.selection.tally import AxisName, Tally, sharded_over
 
 __all__ = ["threshold"]
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_choice, check_optimizer, check_steps
-from st3jax.distributions import layer_sparsities
-from st3jax.keys import from_key, score_dtype, to_key, widened
-from st3jax.ranking import largest
-from st3jax.rules import make_rule
-from st3jax.seeds import key_of
-from st3jax.selection import threshold
+from st3jax.engine.seeds import key_of
+from st3jax.engine.updates import clear_state, pin
+from st3jax.rule.distributions import layer_sparsities
+from st3jax.rule.rule import make_rule
+from st3jax.selection.keys import from_key, score_dtype, to_key, widened
+from st3jax.selection.quantile import threshold
+from st3jax.selection.ranking import largest
 from st3jax.trees import (
     Prunable,
     check_same_structure,
@@ -29,7 +30,6 @@ from st3jax.trees import (
     named_leaves,
     prunable_leaves,
 )
-from st3jax.updates import clear_state, pin
 
 __all__ = ["GROWTHS", "RegrowthState", "random_masks", "regrowth"]
 

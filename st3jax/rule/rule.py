@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from st3jax.budgets import Costs, check_budget, check_costs, largest_share
 from st3jax.checks import check_choice, check_fraction, is_concrete
-from st3jax.distributions import DISTRIBUTIONS, by_pattern
-from st3jax.patterns import (
+from st3jax.rule.costs import Costs, check_budget, check_costs, largest_share
+from st3jax.rule.distributions import DISTRIBUTIONS, by_pattern
+from st3jax.rule.patterns import (
     ANY,
     Pattern,
     check_pattern_fits,
     final_sparsity,
     parse_pattern,
 )
+from st3jax.rule.scores import CRITERIA
 from st3jax.schedules import Sparsity, at_step
-from st3jax.scores import CRITERIA
-from st3jax.tally import AxisName
+from st3jax.selection.tally import AxisName
 from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
 
 __all__ = [

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from st3jax.keys import to_key
-from st3jax.tally import Tally
+from st3jax.selection.keys import to_key
+from st3jax.selection.tally import Tally
 
 __all__ = ["neighbours"]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from st3jax.checks import check_choice
-from st3jax.keys import from_key, key_dtype, score_dtype, to_key
+from st3jax.selection.keys import from_key, key_dtype, score_dtype, to_key
 
 __all__ = ["CRITERIA", "scaled", "score_factor", "scores", "weight_threshold"]
 

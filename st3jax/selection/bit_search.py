@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from st3jax.keys import key_dtype, score_dtype, to_key
-from st3jax.tally import Tally
+from st3jax.selection.keys import key_dtype, score_dtype, to_key
+from st3jax.selection.tally import Tally
 
 __all__ = ["neighbours"]
 

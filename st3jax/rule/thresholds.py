@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from st3jax.budgets import largest_share
-from st3jax.distributions import layer_sparsities
-from st3jax.keys import is_positive, score_dtype
-from st3jax.patterns import block_norms, final_sparsity
-from st3jax.rules import CLOSE, Rule, check_fits
-from st3jax.scores import scaled, score_factor, scores, weight_threshold
-from st3jax.selection import threshold
+from st3jax.rule.costs import largest_share
+from st3jax.rule.distributions import layer_sparsities
+from st3jax.rule.patterns import block_norms, final_sparsity
+from st3jax.rule.rule import CLOSE, Rule, check_fits
+from st3jax.rule.scores import scaled, score_factor, scores, weight_threshold
+from st3jax.selection.keys import is_positive, score_dtype
+from st3jax.selection.quantile import threshold
 from st3jax.trees import map_prunable, named_leaves, prunable_leaves
 
 __all__ = ["OFF", "leaf_thresholds"]

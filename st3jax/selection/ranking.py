@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from st3jax.keys import to_key
+from st3jax.selection.keys import to_key
 
 __all__ = ["largest"]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from st3jax.keys import from_key, is_positive, score_dtype, to_key
+from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
 
 __all__ = [
     "ANY",

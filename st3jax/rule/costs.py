@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from st3jax.checks import check_choice, check_cost
-from st3jax.tally import sharded_over
+from st3jax.selection.tally import sharded_over
 
 __all__ = ["BUDGETS", "check_budget", "check_costs", "largest_share", "total_cost"]
 

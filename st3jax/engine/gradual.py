@@ -14,11 +14,12 @@ import optax
 
 from st3jax import ops
 from st3jax.checks import check_optimizer, check_steps
-from st3jax.keys import from_key, is_positive, score_dtype, to_key
-from st3jax.patterns import weight_thresholds
-from st3jax.rules import Rule, check_fits, check_schedules
+from st3jax.engine.updates import clear_state, hold_mask, pin, step_onto
+from st3jax.rule.patterns import weight_thresholds
+from st3jax.rule.rule import Rule, check_fits, check_schedules
+from st3jax.rule.thresholds import OFF, leaf_thresholds
 from st3jax.schedules import Sparsity, at_step
-from st3jax.thresholds import OFF, leaf_thresholds
+from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
 from st3jax.trees import (
     Static,
     check_same_structure,
@@ -26,7 +27,6 @@ from st3jax.trees import (
     map_where_prunable,
     prunable_leaves,
 )
-from st3jax.updates import clear_state, hold_mask, pin, step_onto
 
 __all__ = ["STICKY", "ThresholdState", "gradual"]
 

@@ -1,0 +1,1 @@
+"""What the transforms share: a step, and the two families of states."""

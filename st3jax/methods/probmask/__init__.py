@@ -1,0 +1,1 @@
+"""ProbMask, with its random masks and the projection of its probabilities."""
