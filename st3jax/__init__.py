@@ -28,7 +28,7 @@ from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
 from st3jax.rule import scores
 from st3jax.schedules import polynomial_ramp
-from st3jax.trees import is_kernel
+from st3jax.trees import is_kernel, kernel_mask
 from st3jax.version import __version__
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "gmp",
     "granet",
     "is_kernel",
+    "kernel_mask",
     "lrr",
     "lrr_cycles",
     "multiply_adds",

@@ -5,11 +5,14 @@ a method ``effective_params``. The functions here find that state, wherever Opta
 nested it, and apply it.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 
 __all__ = ["SparseState", "finalize", "find_state", "sparsify"]
+
+
+Params = TypeVar("Params")
 
 
 @runtime_checkable
@@ -72,11 +75,12 @@ def find_state(opt_state: Any) -> SparseState:
     )
 
 
-def sparsify(params: Any, opt_state: Any) -> Any:
+def sparsify(params: Params, opt_state: Any) -> Params:
     """The sparse weights that the model sees, made from the raw weights.
 
-    A pure function, to be called inside the loss: zeros are exact, and gradients reach
-    the raw weights by the method's own rule.
+    A pure function, to be called inside the loss: zeros are exact, and the gradient of
+    every weight, kept or zero, passes through to the raw weights. The transform decides
+    which of it its optimizer sees.
 
     Args:
         params: Raw weights, in the structure that the optimizer was initialised with.
@@ -102,7 +106,7 @@ def sparsify(params: Any, opt_state: Any) -> Any:
     return find_state(opt_state).effective_params(params)
 
 
-def finalize(params: Any, opt_state: Any) -> Any:
+def finalize(params: Params, opt_state: Any) -> Params:
     """The weights to evaluate and to ship: exact zeros, no gradient.
 
     Args:

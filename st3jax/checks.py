@@ -1,6 +1,7 @@
 """Checks of what a user passes in, with a sentence that names value and way out."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,12 +9,15 @@ import numpy as np
 import optax
 
 __all__ = [
+    "as_mapping",
     "check_choice",
     "check_cost",
     "check_fraction",
     "check_optimizer",
     "check_positive",
+    "check_predicate",
     "check_steps",
+    "check_whole_channels",
     "is_concrete",
 ]
 
@@ -26,6 +30,58 @@ def is_concrete(value: Any) -> bool:
         True
     """
     return not isinstance(value, jax.core.Tracer)
+
+
+def as_mapping(value: Any) -> Mapping[str, Any] | None:
+    """The value as a dictionary if it is a mapping of any kind, else ``None``.
+
+    A ``ConfigDict`` of ml_collections is one, though not by its type.
+
+    Example:
+        >>> as_mapping({"*": 0.9}), as_mapping(0.9)
+        ({'*': 0.9}, None)
+    """
+    if isinstance(value, Mapping):
+        return value
+    if hasattr(value, "keys") and hasattr(value, "__getitem__"):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118  no iterator
+    return None
+
+
+def check_predicate(value: Any) -> None:
+    """Raises unless ``value`` can say which leaves are prunable.
+
+    Raises:
+        TypeError: With what was passed instead.
+
+    Example:
+        >>> check_predicate("head")
+        Traceback (most recent call last):
+        TypeError: prunable is a function of (path, leaf) that says whether to prune \
+the leaf, got 'head'
+    """
+    if not callable(value):
+        raise TypeError(
+            "prunable is a function of (path, leaf) that says whether to prune the "
+            f"leaf, got {value!r}"
+        )
+
+
+def check_whole_channels(axis_name: Any) -> None:
+    """Raises where weights are sharded by hand, so that channels may not be whole.
+
+    Raises:
+        ValueError: With the name of the axes.
+
+    Example:
+        >>> check_whole_channels(None)
+    """
+    if axis_name is not None:
+        raise ValueError(
+            f"rescaling needs whole output channels, which weights sharded over "
+            f"{axis_name!r} by hand may not have: pass rescale=False, or leave "
+            "the sharding to jit, without axis_name"
+        )
 
 
 def check_fraction(value: Any, name: str) -> None:

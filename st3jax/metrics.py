@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from st3jax.selection.keys import to_key
+from st3jax.selection.wide import wide
 from st3jax.trees import Prunable, is_kernel, prunable_leaves
 
 __all__ = ["Layer", "Summary", "summary"]
@@ -70,9 +71,13 @@ def summary(params: Any, *, prunable: Prunable = is_kernel) -> Summary:
         for path, leaf in prunable_leaves(params, prunable).items()
     }
     weights = sum(layer.weights for layer in layers.values())
-    with jax.enable_x64(True):
-        counts = [layer.zeros.astype(jnp.int64) for layer in layers.values()]
-        zeros = jnp.sum(jnp.stack(counts))
-        sparsity = (zeros / weights).astype(jnp.float32)
+    zeros, sparsity = _total([layer.zeros for layer in layers.values()], weights)
     zeros = zeros.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
     return Summary(layers, weights, zeros, sparsity)
+
+
+@wide
+def _total(counts: list[jax.Array], weights: int) -> tuple[jax.Array, jax.Array]:
+    """How many there are together, and which share of all weights, float32 []."""
+    zeros = jnp.sum(jnp.stack(counts).astype(jnp.int64))
+    return zeros, (zeros.astype(jnp.float64) / weights).astype(jnp.float32)

@@ -4,13 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from st3jax import ops
+from st3jax.checks import as_mapping, check_predicate
 from st3jax.rule.costs import Costs
-from st3jax.rule.patterns import weight_thresholds
-from st3jax.rule.rule import check_final_sparsity, make_rule
-from st3jax.rule.thresholds import leaf_thresholds
-from st3jax.trees import Prunable, is_kernel, map_where_prunable
+from st3jax.rule.patterns import input_axis, spread
+from st3jax.rule.rule import check_final_sparsity, check_fits, make_rule
+from st3jax.rule.thresholds import leaf_thresholds, select
+from st3jax.trees import (
+    Prunable,
+    is_kernel,
+    map_named,
+    per_leaf_tree,
+    prunable_leaves,
+)
 
 __all__ = ["prune"]
 
@@ -21,10 +29,8 @@ def prune(
     *,
     criterion: str = "l1",
     distribution: str = "global",
-    budget: str = "weights",
     costs: Costs | None = None,
-    pattern: str | None = None,
-    block_shape: tuple[int, ...] | None = None,
+    pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
 ) -> Any:
     r"""Sets the smallest weights to zero, by default those of all layers together.
@@ -36,15 +42,15 @@ def prune(
     Args:
         params: Pytree of arrays.
         sparsity: Share of the prunable weights to be zero, in [0, 1], or a mapping from
-            path patterns (``"*head*"``) to the shares of single layers. Under ``jit``,
-            close over a mapping: an argument's patterns would be sorted.
+            paths (``"*head*"``, the first that matches counts) to the shares of single
+            layers. Under ``jit``, close over a mapping: an argument's would be sorted.
         criterion: ``"l1"`` compares magnitudes, ``"l1_sigma"`` compares them relative
             to the width of their layer.
         distribution: ``"global"``, ``"uniform"`` or ``"erk"``; see :func:`st3jax.st3`.
-        budget: ``"weights"``, or ``"multiply_adds"`` for a share of those instead.
-        costs: For ``"multiply_adds"``, from path to the multiply-adds of one weight.
-        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or ``"block"``.
-        block_shape: Shape of a block on the last axes of a leaf.
+        costs: From path to the multiply-adds of one weight, for a share of those
+            instead of weights.
+        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or the shape of a block on the
+            last axes of a leaf, such as ``(4, 8)``.
         prunable: Predicate on (path, leaf).
 
     Returns:
@@ -65,20 +71,19 @@ def prune(
     References:
         Section 3 of arXiv:2212.01076 for the threshold.
     """
+    sparsity = as_mapping(sparsity) or sparsity
+    check_predicate(prunable)
     rule = make_rule(
-        criterion=criterion,
-        distribution=distribution,
-        budget=budget,
-        costs=costs,
-        pattern=pattern,
-        block_shape=block_shape,
-        prunable=prunable,
-        axis_name=None,
+        criterion=criterion, distribution=distribution, costs=costs, pattern=pattern
     )
     check_final_sparsity(rule, sparsity)
+    leaves = prunable_leaves(params, prunable)
+    check_fits(rule, leaves, params, sparsity)
 
     def hard(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
-        return ops.hard_threshold(w, weight_thresholds(rule.pattern, path, w, t))
+        w = jnp.asarray(w)
+        axis = input_axis(path, w.ndim)
+        return ops.hard_threshold(w, spread(rule.pattern, w, t, axis))
 
-    thresholds = leaf_thresholds(params, sparsity, rule)
-    return map_where_prunable(hard, thresholds, params)
+    thresholds = leaf_thresholds(rule, leaves, select(rule, leaves, params, sparsity))
+    return map_named(hard, per_leaf_tree(params, thresholds), params)

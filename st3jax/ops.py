@@ -1,11 +1,11 @@
 """Thresholding of weights with straight-through gradients.
 
-The contract of every function here but the last two: the gradient of the result with
-respect to ``w`` is the identity, for kept and for zeroed weights alike; thresholds and
-scales are not differentiated. A weight is kept where its magnitude is strictly above
-the threshold. Zeroed weights are ``+0.0``, and a kept weight never rounds to zero.
-While a threshold is not above zero it is off. Output channels are the last axis.
-float16 and bfloat16 are computed in float32 and returned as they came.
+The contract of every function here: the gradient of the result with respect to ``w`` is
+the identity, for kept and for zeroed weights alike; thresholds and scales are not
+differentiated. A weight is kept where its magnitude is strictly above the threshold.
+Zeroed weights are ``+0.0``, and a kept weight never rounds to zero. While a threshold
+is not above zero it is off. Output channels are the last axis. float16 and bfloat16 are
+computed in float32 and returned as they came.
 
 Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
@@ -19,11 +19,11 @@ from st3jax.selection.keys import is_positive, score_dtype, to_key
 __all__ = [
     "channel_scale",
     "hard_threshold",
-    "hold_zeros",
-    "mask_gradient",
+    "is_kept",
     "rescale",
     "smallest_kept",
     "soft_threshold",
+    "straight_through",
 ]
 
 
@@ -47,79 +47,53 @@ def smallest_kept(dtype: jnp.dtype) -> float:
 
 @jax.custom_vjp
 def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
-    wide = w.astype(score_dtype(w.dtype))
-    t = t.astype(wide.dtype)
+    wide = w.astype(t.dtype)
     size = jnp.maximum(jnp.abs(wide) - t, smallest_kept(w.dtype))
     # Keys of the weight itself: a compiler may not have rounded the wide one yet.
-    shrunk = jnp.where(to_key(w) > to_key(t), jnp.copysign(size, wide), 0)
+    shrunk = jnp.where(_is_kept(w, t), jnp.copysign(size, wide), 0)
     return jnp.where(is_positive(t), shrunk.astype(w.dtype), w)
 
 
 @jax.custom_vjp
 def _hard_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
-    kept = to_key(w) > to_key(t.astype(score_dtype(w.dtype)))
-    return jnp.where(kept | ~is_positive(t), w, jnp.zeros_like(w))
+    return jnp.where(_is_kept(w, t), w, jnp.zeros_like(w))
 
 
 @jax.custom_vjp
 def _rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
-    scaled = (x.astype(score_dtype(x.dtype)) * scale).astype(x.dtype)
+    scaled = (x.astype(scale.dtype) * scale).astype(x.dtype)
     return jnp.where(to_key(scaled) == 0, x, scaled)
 
 
-def _straight_through_bwd(
-    other: jax.Array, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+@jax.custom_vjp
+def _straight_through(w: jax.Array, seen: jax.Array) -> jax.Array:
+    del w
+    return seen
+
+
+def _identity_bwd(other: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return g, jnp.zeros_like(other)
 
 
-_soft_threshold.defvjp(lambda w, t: (_soft_threshold(w, t), t), _straight_through_bwd)
-_hard_threshold.defvjp(lambda w, t: (_hard_threshold(w, t), t), _straight_through_bwd)
-_rescale.defvjp(lambda x, scale: (_rescale(x, scale), scale), _straight_through_bwd)
+_soft_threshold.defvjp(lambda w, t: (_soft_threshold(w, t), t), _identity_bwd)
+_hard_threshold.defvjp(lambda w, t: (_hard_threshold(w, t), t), _identity_bwd)
+_rescale.defvjp(lambda x, scale: (_rescale(x, scale), scale), _identity_bwd)
+_straight_through.defvjp(lambda w, seen: (seen, None), lambda _, g: (g, None))
 
 
-@jax.custom_vjp
-def _hold_zeros(w: jax.Array, hold: jax.Array) -> jax.Array:
-    del hold
-    return w
-
-
-def _hold_zeros_bwd(
-    residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, None]:
-    w, hold = residuals
-    return jnp.where(hold & (to_key(w) == 0), jnp.zeros_like(g), g), None
-
-
-_hold_zeros.defvjp(lambda w, hold: (w, (w, hold)), _hold_zeros_bwd)
-
-
-@jax.custom_vjp
-def _mask_gradient(w: jax.Array, t: jax.Array) -> jax.Array:
-    del t
-    return w
-
-
-def _mask_gradient_bwd(
-    residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    w, t = residuals
-    kept = (to_key(w) > to_key(t)) | ~is_positive(t)
-    return jnp.where(kept, g, jnp.zeros_like(g)), jnp.zeros_like(t)
-
-
-_mask_gradient.defvjp(lambda w, t: (w, (w, t)), _mask_gradient_bwd)
+def _is_kept(w: jax.Array, t: jax.Array) -> jax.Array:
+    return to_key(w) > jnp.where(is_positive(t), to_key(t), -1)
 
 
 def _fitting(x: jax.typing.ArrayLike, w: jax.Array, name: str) -> jax.Array:
-    """A threshold or a scale in the dtype to compute in, if its shape fits."""
-    x = jnp.asarray(x, score_dtype(w.dtype))
-    if jnp.broadcast_shapes(x.shape, w.shape) != w.shape:
+    """A threshold or scale in the dtype to compute in, a scalar or of as many axes."""
+    x = jnp.asarray(x).astype(score_dtype(w.dtype))
+    if x.ndim > w.ndim or jnp.broadcast_shapes(x.shape, w.shape) != w.shape:
         raise ValueError(
             f"{name} has shape {x.shape}, which does not broadcast to that of the "
             f"weights, {w.shape}"
         )
-    return x
+    return x if not x.ndim else x.reshape((1,) * (w.ndim - x.ndim) + x.shape)
 
 
 def soft_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
@@ -208,11 +182,13 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
         arXiv:2212.01076, section 3.
     """
     w = jnp.asarray(w)
-    size = jnp.abs(w.astype(score_dtype(w.dtype)))
     t = _fitting(t, w, "t")
-    kept = jnp.where((to_key(w) > to_key(t)) | ~is_positive(t), size, 0)
+    size = jnp.abs(w.astype(t.dtype))
     axes = tuple(range(w.ndim - 1))
-    before, after = size.mean(axes), kept.mean(axes)
+    # Both means as one reduction, which makes less to compile.
+    first = jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * w.ndim, 0) == 0
+    counted = jnp.where(first | _is_kept(w, t)[None], size[None], 0)
+    before, after = counted.mean([axis + 1 for axis in axes])
     # Two sums may round differently although no threshold took anything.
     idle = ~is_positive(t)
     if t.ndim:
@@ -248,47 +224,44 @@ def rescale(x: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
     return _rescale(x, _fitting(scale, x, "scale"))
 
 
-def hold_zeros(w: jax.typing.ArrayLike, hold: jax.typing.ArrayLike) -> jax.Array:
-    r"""The weights themselves; while ``hold``, zeros receive no gradient.
-
-    .. math::
-        f(w) = w, \qquad \frac{\partial L}{\partial w} :=
-        \frac{\partial L}{\partial f} \; [\,w \neq 0 \text{ or not hold}\,]
+def is_kept(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+    r"""Where a threshold keeps weights: :math:`|w| > t`, everywhere while it is off.
 
     Args:
         w: Weights, any shape and floating-point dtype.
-        hold: Boolean scalar.
+        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``.
 
     Returns:
-        ``w``.
+        bool array of the shape of ``w``.
 
     Example:
-        >>> w = jnp.array([0.0, 2.0])
-        >>> jax.grad(lambda w: hold_zeros(w, True).sum())(w).tolist()
-        [0.0, 1.0]
+        >>> is_kept(jnp.array([-3.0, 1.0, 0.5]), 1.0).tolist()
+        [True, False, False]
     """
-    return _hold_zeros(jnp.asarray(w), jnp.asarray(hold, bool))
+    w = jnp.asarray(w)
+    return _is_kept(w, _fitting(t, w, "t"))
 
 
-def mask_gradient(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
-    r"""The weights themselves; those of magnitude up to ``t`` receive no gradient.
+def straight_through(w: jax.Array, seen: jax.Array) -> jax.Array:
+    r"""What the model sees in place of weights, with the gradient of the weights.
 
     .. math::
-        f(w) = w, \qquad \frac{\partial L}{\partial w} :=
-        \frac{\partial L}{\partial f} \; [\,|w| > t\,]
+        f(w) = \text{seen}, \qquad
+        \frac{\partial L}{\partial w} := \frac{\partial L}{\partial f}
 
     Args:
-        w: Weights, any shape and floating-point dtype.
-        t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``; off
-            (every weight receives its gradient) where it is not above zero.
+        w: Raw weights, any shape and floating-point dtype.
+        seen: What was made of them, same shape and dtype.
 
     Returns:
-        ``w``.
+        ``seen``.
 
     Example:
         >>> w = jnp.array([-3.0, 0.5])
-        >>> jax.grad(lambda w: (2 * mask_gradient(w, 1.0)).sum())(w).tolist()
-        [2.0, 0.0]
+        >>> jax.grad(lambda w: straight_through(w, jnp.sign(w)).sum())(w).tolist()
+        [1.0, 1.0]
+
+    References:
+        arXiv:1308.3432.
     """
-    w = jnp.asarray(w)
-    return _mask_gradient(w, _fitting(t, w, "t"))
+    return _straight_through(w, jax.lax.stop_gradient(seen))

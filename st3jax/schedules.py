@@ -8,24 +8,79 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_positive, check_steps
+from st3jax.selection.keys import is_positive
+from st3jax.selection.wide import wide
 
-__all__ = ["Sparsity", "at_step", "polynomial_ramp"]
+__all__ = [
+    "LAST_STEP",
+    "Sparsity",
+    "asks_for_zeros",
+    "at_step",
+    "polynomial_ramp",
+    "ramp_ends",
+]
 
 Sparsity: TypeAlias = float | optax.Schedule | Mapping[str, float | optax.Schedule]
-"""A fraction, a schedule of fractions, or one of them for each path pattern."""
+"""A fraction, a schedule of fractions, or one of them for each path."""
 
 
+LAST_STEP = 2**31 - 1
+"""Where schedules have come to their end."""
+
+
+@wide
 def at_step(sparsity: Sparsity, count: jax.typing.ArrayLike) -> Any:
-    """The sparsity after ``count`` completed steps, or that of each path pattern.
+    """The sparsity after ``count`` completed steps, or that of each path.
+
+    Args:
+        sparsity: A fraction, a schedule of fractions, or one of them for each path.
+        count: Integer scalar. Schedules are evaluated in 64 bits, as exact as it is.
+
+    Returns:
+        A scalar, or one for each path.
 
     Example:
         >>> ramp = polynomial_ramp(0.8, begin=0, end=2, power=1)
         >>> {k: float(v) for k, v in at_step({"head/*": 0.5, "*": ramp}, 1).items()}
-        {'head/*': 0.5, '*': 0.4000000059604645}
+        {'head/*': 0.5, '*': 0.4}
     """
-    if isinstance(sparsity, Mapping):
-        return {pattern: at_step(s, count) for pattern, s in sparsity.items()}
-    return sparsity(count) if callable(sparsity) else sparsity
+    count = jnp.asarray(count).astype(jnp.int64)
+
+    def value(sparsity: Any) -> jax.Array:
+        s = sparsity(count) if callable(sparsity) else sparsity
+        return jnp.asarray(s).astype(jnp.float64)
+
+    if isinstance(sparsity, Mapping):  # not by jax.tree.map, which sorts the paths
+        return {path: value(s) for path, s in sparsity.items()}
+    return value(sparsity)
+
+
+@wide
+def asks_for_zeros(sparsity: Any) -> jax.Array:
+    """Whether a sparsity, or that of any path, is above 0.
+
+    Example:
+        >>> bool(asks_for_zeros(at_step(polynomial_ramp(0.8, begin=3, end=7), 3)))
+        False
+    """
+    return jnp.any(is_positive(jnp.stack(jax.tree.leaves(sparsity))))
+
+
+@wide
+def ramp_ends(sparsity: Sparsity, count: jax.Array) -> jax.Array:
+    """Whether the sparsity, or that of a path, comes to its last value at a step.
+
+    Example:
+        >>> ramp = polynomial_ramp(0.8, begin=0, end=7)
+        >>> [bool(ramp_ends(ramp, jnp.array(c))) for c in (6, 7, 8)]
+        [False, True, False]
+    """
+    count = jnp.asarray(count).astype(jnp.int64)
+    before, now, last = (
+        jnp.stack(jax.tree.leaves(at_step(sparsity, c)))
+        for c in (count - 1, count, LAST_STEP)
+    )
+    return jnp.any((now == last) & (before != last))
 
 
 def polynomial_ramp(

@@ -4,6 +4,7 @@ A tree of per-leaf values (thresholds, masks) has the structure of the parameter
 an ``optax.MaskedNode`` in the place of every leaf that is not prunable.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,19 @@ from flax.core import meta
 __all__ = [
     "Prunable",
     "Static",
+    "all_paths",
     "check_same_structure",
+    "in_place_of",
+    "is_boxed",
     "is_kernel",
-    "map_prunable",
+    "is_masked",
+    "is_placeholder",
+    "kernel_mask",
+    "map_named",
+    "map_where_prunable",
     "named_leaves",
     "path_name",
+    "per_leaf_tree",
     "prunable_leaves",
 ]
 
@@ -48,17 +57,13 @@ class Static:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The names of a key path joined by ``/``, without the boxes around a leaf.
+    """The names of a key path joined by ``/``.
 
     Example:
         >>> path_name((jax.tree_util.DictKey("Dense_0"), jax.tree_util.DictKey("bias")))
         'Dense_0/bias'
     """
-    last = path[-1] if path else None
-    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
-    return jax.tree_util.keystr(
-        path[:-1] if boxed else path, simple=True, separator="/"
-    )
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -84,23 +89,76 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return path.rpartition("/")[2] == "kernel" and jnp.ndim(leaf) >= 2
 
 
+def kernel_mask(params: Any) -> Any:
+    """Which parameters are kernels: for weight decay and the like.
+
+    Args:
+        params: Pytree of arrays or of abstract arrays.
+
+    Returns:
+        Pytree of booleans in its structure, ``True`` where :func:`is_kernel` is.
+
+    Example:
+        >>> kernel_mask({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+        {'bias': False, 'kernel': True}
+        >>> decay = optax.add_decayed_weights(1e-4, mask=kernel_mask)
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, node: is_kernel(path_name(path), _content(node)),
+        params,
+        is_leaf=is_boxed,
+    )
+
+
+def is_boxed(node: Any) -> bool:
+    """Whether a node is a box that Flax puts around an array, with its metadata.
+
+    Values per leaf are scalars and stay out of the box: its metadata, such as the axes
+    that the array is sharded over, would not fit them.
+
+    Example:
+        >>> is_boxed(nnx.Param(jnp.ones(3))), is_boxed(jnp.ones(3))
+        (True, False)
+    """
+    return isinstance(node, meta.AxisMetadata | nnx.Variable)
+
+
+def _content(node: Any) -> Any:
+    """The leaf itself, out of its box if it is in one."""
+    return next(iter(jax.tree.leaves(node)), None) if is_boxed(node) else node
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by their path names, in the tree's order.
+
+    Raises:
+        ValueError: If two leaves have the same name.
 
     Example:
         >>> list(named_leaves({"b": {"kernel": 1.0}, "a": 2.0}))
         ['a', 'b/kernel']
     """
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_boxed):
         name = path_name(path)
         if name in leaves:
             raise ValueError(
                 f"two parameters are called '{name}': rename one, so that a predicate "
                 "can tell them apart"
             )
-        leaves[name] = leaf
+        leaves[name] = _content(node)
     return leaves
+
+
+def all_paths(tree: Any) -> list[str]:
+    """The path names of all leaves, those that a wrapper has masked included.
+
+    Example:
+        >>> all_paths({"b": optax.MaskedNode(), "a": 2.0})
+        ['a', 'b']
+    """
+    places = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_value)
+    return [path_name(path) for path, _ in places]
 
 
 def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, Any]:
@@ -122,6 +180,8 @@ def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, An
         >>> list(prunable_leaves(params))
         ['Dense_0/kernel']
     """
+    if is_placeholder(params):
+        return {"": jnp.zeros([])}
     leaves = named_leaves(params)
     chosen = {path: leaf for path, leaf in leaves.items() if prunable(path, leaf)}
     if not chosen:
@@ -140,40 +200,39 @@ def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, An
     return chosen
 
 
-def map_prunable(
-    fn: Callable[[str, Any], Any], params: Any, prunable: Prunable = is_kernel
-) -> Any:
-    """Maps ``fn(path, leaf)`` over prunable leaves, with ``MaskedNode`` elsewhere.
+def per_leaf_tree(params: Any, values: dict[str, Any]) -> Any:
+    """A tree like the parameters, with a value for each prunable leaf.
 
-    Raises:
-        ValueError: If no leaf is prunable.
-        TypeError: If a prunable leaf is not of a floating-point dtype.
+    Args:
+        params: Pytree of arrays, or the place holder that ``optax.tree.map_params``
+            initialises a transform with.
+        values: From the path of each prunable leaf to its value.
+
+    Returns:
+        Tree with the values, and a ``MaskedNode`` where a leaf is not prunable.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
-        >>> map_prunable(lambda path, leaf: leaf.size, params)
+        >>> per_leaf_tree(params, {"kernel": 6})
         {'bias': MaskedNode(), 'kernel': 6}
     """
-    chosen = prunable_leaves(params, prunable)
+    if is_placeholder(params):
+        return next(iter(values.values()))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: values.get(path_name(path), optax.MaskedNode()),
+        params,
+        is_leaf=is_boxed,
+    )
 
-    def visit(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = path_name(path)
-        return fn(name, chosen[name]) if name in chosen else optax.MaskedNode()
 
-    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_boxed)
-
-
-def is_boxed(node: Any) -> bool:
-    """Whether a node is a box that Flax puts around an array, with its metadata.
-
-    Values per leaf are scalars and stay out of the box: its metadata, such as the axes
-    that the array is sharded over, would not fit them.
+def is_placeholder(params: Any) -> bool:
+    """Whether these are no parameters but stand for them, in ``optax.tree.map_params``.
 
     Example:
-        >>> is_boxed(nnx.Param(jnp.ones(3))), is_boxed(jnp.ones(3))
-        (True, False)
+        >>> is_placeholder({"kernel": 1.0})
+        False
     """
-    return isinstance(node, meta.AxisMetadata | nnx.Variable)
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def is_masked(node: Any) -> bool:
@@ -187,24 +246,55 @@ def is_masked(node: Any) -> bool:
 
 
 def map_where_prunable(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
-    """Maps ``fn(path, value, *leaves)`` over per-leaf values and whole trees.
+    """Maps ``fn(value, *leaves)`` over per-leaf values and whole trees.
 
     Where the value is a ``MaskedNode``, the first tree's part stays as it is.
 
     Example:
         >>> values = {"bias": optax.MaskedNode(), "kernel": 2.0}
         >>> params = {"bias": 1.0, "kernel": 3.0}
-        >>> map_where_prunable(lambda path, v, w: v * w, values, params)
+        >>> map_where_prunable(lambda v, w: v * w, values, params)
         {'bias': 1.0, 'kernel': 6.0}
+    """
+    return map_named(lambda _, value, *leaves: fn(value, *leaves), values, *trees)
+
+
+def map_named(fn: Callable[..., Any], values: Any, *trees: Any) -> Any:
+    """The same for ``fn(path, value, *leaves)``.
+
+    Example:
+        >>> values = {"bias": optax.MaskedNode(), "kernel": 2.0}
+        >>> map_named(lambda path, v, w: path, values, {"bias": 1.0, "kernel": 3.0})
+        {'bias': 1.0, 'kernel': 'kernel'}
     """
 
     def visit(path: tuple[Any, ...], value: Any, first: Any, *rest: Any) -> Any:
         if is_masked(value):
             return first
-        name = path_name(path)
-        return jax.tree.map(lambda *leaves: fn(name, value, *leaves), first, *rest)
+        named = functools.partial(fn, path_name(path))
+        if is_boxed(value):
+            return jax.tree.map(named, value, first, *rest)
+        return jax.tree.map(functools.partial(named, value), first, *rest)
 
-    return jax.tree_util.tree_map_with_path(visit, values, *trees, is_leaf=is_masked)
+    return jax.tree_util.tree_map_with_path(visit, values, *trees, is_leaf=_is_value)
+
+
+def in_place_of(values: Any, leaves: dict[str, Any]) -> Any:
+    """A tree like that of per-leaf values, with other values by their path names.
+
+    Example:
+        >>> values = {"bias": optax.MaskedNode(), "kernel": 2.0}
+        >>> in_place_of(values, {"kernel": 3.0})
+        {'bias': MaskedNode(), 'kernel': 3.0}
+    """
+    names = named_leaves(values)
+    return jax.tree.unflatten(
+        jax.tree.structure(values), [leaves[name] for name in names]
+    )
+
+
+def _is_value(node: Any) -> bool:
+    return is_masked(node) or is_boxed(node)
 
 
 def check_same_structure(values: Any, params: Any) -> None:
@@ -234,8 +324,7 @@ def check_same_structure(values: Any, params: Any) -> None:
     if not same:
         known, given = named_leaves(values), named_leaves(params)
         missing = next((path for path in known if path not in given), None)
-        places = jax.tree_util.tree_leaves_with_path(values, is_leaf=is_masked)
-        names = {path_name(path) for path, _ in places}
+        names = all_paths(values)
         extra = next((path for path in given if path not in names), None)
         what = (
             f"'{missing}' is missing from the params"

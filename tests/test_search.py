@@ -17,7 +17,7 @@ from st3jax.selection.keys import from_key, to_key
 from st3jax.selection.quantile import threshold
 from st3jax.selection.tally import Tally
 
-N = 300_000  # enough for a sample to be taken
+N = 1_100_000  # enough for a sample to be taken
 RANKS = (0, 1, N // 2, int(0.9 * N), N - 2, N - 1)
 MARGIN = 1 << 16
 rng = np.random.default_rng(0)

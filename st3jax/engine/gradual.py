@@ -1,11 +1,12 @@
 """Gradual thresholding: the transform that methods with a threshold share.
 
 The smallest weights are zero in what the model sees, more and more of them. Methods
-differ in how a weight is thresholded, in which gradient a zeroed weight receives, and
-in whether it can come back.
+differ in the formula by which a threshold makes a weight effective, in which gradient a
+zeroed weight receives, and in whether it can come back.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,96 +14,116 @@ import jax.numpy as jnp
 import optax
 
 from st3jax import ops
-from st3jax.checks import check_optimizer, check_steps
-from st3jax.engine.updates import clear_state, hold_mask, pin, step_onto
-from st3jax.rule.patterns import weight_thresholds
+from st3jax.checks import as_mapping, check_steps
+from st3jax.engine.step import first_count, sparse_transform
+from st3jax.engine.updates import clear_state, hold_mask, step_onto
+from st3jax.rule.patterns import Pattern, input_axis, spread
 from st3jax.rule.rule import Rule, check_fits, check_schedules
-from st3jax.rule.thresholds import OFF, leaf_thresholds
-from st3jax.schedules import Sparsity, at_step
+from st3jax.rule.thresholds import OFF, leaf_thresholds, select, select_nothing
+from st3jax.schedules import Sparsity, asks_for_zeros, at_step, ramp_ends
 from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
+from st3jax.selection.tally import tied_to
 from st3jax.trees import (
+    Prunable,
     Static,
     check_same_structure,
-    map_prunable,
+    in_place_of,
+    map_named,
     map_where_prunable,
-    prunable_leaves,
+    named_leaves,
+    per_leaf_tree,
 )
 
-__all__ = ["STICKY", "ThresholdState", "gradual"]
+__all__ = ["STICKY", "Effective", "Formula", "ThresholdState", "gradual"]
 
+Formula = Callable[[jax.Array, jax.Array], jax.Array]
+"""From weights and the threshold on each of them to what the model sees."""
 STICKY = ("no", "strict", "published")
 """Whether a zeroed weight can come back; see :func:`st3jax.gmp`."""
+
+
+class Effective(NamedTuple):
+    """How the weights of a leaf become effective: all that a state has to know of it.
+
+    Attributes:
+        formula: What a threshold does to weights, a function of a module.
+        pattern: Which weights share a threshold.
+    """
+
+    formula: Formula
+    pattern: Pattern
+
+
+@functools.partial(jax.jit, static_argnames=("how", "axis"))
+def _seen(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
+    """What the model sees of a leaf; of leaves of one shape, traced once."""
+    return how.formula(w, spread(how.pattern, w, t, axis))
+
+
+@functools.partial(jax.jit, static_argnames=("how", "axis"))
+def _kept(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
+    """Which weights of a leaf the model sees."""
+    return ops.is_kept(w, spread(how.pattern, w, t, axis))
 
 
 class ThresholdState(NamedTuple):
     """State of a method with a threshold: bytes per leaf, nothing per weight.
 
+    Its structure is the same whatever the options of a method.
+
     Attributes:
         count: int32 [], completed steps.
         thresholds: Scalar on ``|w|`` for each prunable leaf, -1 before the ramp, 0
             after fixing; ``optax.MaskedNode`` elsewhere.
-        frozen: bool [], whether the mask is fixed; ``optax.MaskedNode`` if it never
-            will be.
-        soft: Static, whether thresholds are soft.
-        rescale: Static, whether output channels are rescaled.
-        straight_through: Static, whether zeroed weights receive gradients.
-        sticky: Static, whether zeroed weights can come back.
-        pattern: Static, which weights live and die together.
+        frozen: bool [], whether the mask is fixed.
+        effective: Static, how weights become effective.
         inner_state: State of the wrapped optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     thresholds: Any
-    frozen: jax.Array | optax.MaskedNode
-    soft: Static
-    rescale: Static
-    straight_through: Static
-    sticky: Static
-    pattern: Static
+    frozen: jax.Array
+    effective: Static
     inner_state: optax.OptState
+
+    @property
+    def per_leaf(self) -> Any:
+        """The tree that says which leaves are prunable."""
+        return self.thresholds
 
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`."""
         check_same_structure(self.thresholds, params)
 
         def effective(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
-            if not isinstance(self.frozen, optax.MaskedNode):
-                w = ops.hold_zeros(w, self.frozen)
-            if self.sticky.value != "no":
-                w = ops.hold_zeros(w, is_positive(t))
-            t = weight_thresholds(self.pattern.value, path, w, t)
-            if not self.straight_through.value:
-                w = ops.mask_gradient(w, t)
-            threshold = ops.soft_threshold if self.soft.value else ops.hard_threshold
-            w_eff = threshold(w, t)
-            if self.rescale.value:
-                w_eff = ops.rescale(w_eff, ops.channel_scale(w, t))
-            return w_eff
+            raw = jax.lax.stop_gradient(w)
+            seen = _seen(raw, t, self.effective.value, input_axis(path, w.ndim))
+            return ops.straight_through(w, seen)
 
-        return map_where_prunable(effective, self.thresholds, params)
+        return map_named(effective, self.thresholds, params)
 
 
 def gradual(
     inner: optax.GradientTransformation,
     sparsity: Sparsity,
     rule: Rule,
+    formula: Formula,
     *,
-    soft: bool = False,
-    rescale: bool = False,
-    straight_through: bool = False,
+    masks_gradient: bool,
+    prunable: Prunable,
     sticky: str = "no",
     update_every: int = 1,
     freeze_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a method with a threshold, made of its ingredients.
+    """The transform of a method with a threshold.
 
     Args:
         inner: The optimizer that trains the raw weights.
-        sparsity: A fraction, a schedule, or one of them for each path pattern.
+        sparsity: A fraction, a schedule, or one of them for each path.
         rule: Which weights go first.
-        soft: Whether kept weights shrink by the threshold.
-        rescale: Whether each output channel is rescaled for the magnitude it lost.
-        straight_through: Whether zeroed weights receive gradients.
+        formula: What a threshold does to weights.
+        masks_gradient: Whether zeroed weights receive no gradient.
+        prunable: Predicate on (path, leaf).
         sticky: One of ``STICKY``.
         update_every: Steps from one threshold to the next.
         freeze_step: Number of completed steps at which the mask is fixed, if ever.
@@ -112,58 +133,73 @@ def gradual(
 
     Raises:
         ValueError: If an argument is out of its range or excludes another.
-        TypeError: If ``inner`` is not an optimizer.
+        TypeError: If an argument is not of its kind.
     """
-    _check_arguments(inner, rule, rescale, update_every, freeze_step)
+    sparsity = as_mapping(sparsity) or sparsity
+    check_steps(update_every, "update_every", 1)
+    if freeze_step is not None:
+        check_steps(freeze_step, "freeze_step", 1)
     check_schedules(rule, sparsity, freeze_step)
-    inner = optax.with_extra_args_support(inner)
 
-    def init_thresholds(params: optax.Params) -> Any:
-        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
-            return jnp.full([], OFF)
-        check_fits(rule, params, sparsity)
-        leaves = prunable_leaves(params, rule.prunable)
+    def check(leaves: dict[str, Any], params: optax.Params) -> None:
+        check_fits(rule, leaves, params, sparsity)
+
+    def init(leaves: dict[str, Any], params: optax.Params) -> ThresholdState:
         dtype = score_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
-        return map_prunable(lambda *_: jnp.full([], OFF, dtype), params, rule.prunable)
-
-    def init_fn(params: optax.Params) -> ThresholdState:
+        off = {path: jnp.full([], OFF, dtype) for path in leaves}
         return ThresholdState(
-            count=jnp.zeros([], jnp.int32),
-            thresholds=init_thresholds(params),
-            frozen=optax.MaskedNode() if freeze_step is None else jnp.zeros([], bool),
-            soft=Static(bool(soft)),
-            rescale=Static(bool(rescale)),
-            straight_through=Static(bool(straight_through)),
-            sticky=Static(sticky),
-            pattern=Static(rule.pattern),
-            inner_state=inner.init(params),
+            count=first_count(),
+            thresholds=per_leaf_tree(params, off),
+            frozen=jnp.zeros([], bool),
+            effective=Static(Effective(formula, rule.pattern)),
+            inner_state=None,
         )
 
-    def move_thresholds(count: jax.Array, thresholds: Any, params: Any) -> Any:
-        """The thresholds after ``count`` completed steps; no work while s = 0."""
-        due = count % update_every == 0
+    def gradients(state: ThresholdState, grads: Any, params: Any) -> Any:
+        """Without those of zeros that are to stay zeros, for now or for good."""
+
+        def reaching(path: str, t: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
+            reached = jnp.ones(w.shape, bool)
+            if masks_gradient:
+                axis = input_axis(path, w.ndim)
+                reached &= _kept(w, t, state.effective.value, axis)
+            if freeze_step is not None:
+                reached &= (to_key(w) != 0) | ~state.frozen
+            return jnp.where(reached, g, jnp.zeros_like(g))
+
+        return map_named(reaching, state.thresholds, grads, params), state
+
+    def due_at(count: jax.Array) -> jax.Array | bool:
+        """Whether thresholds move after ``count`` completed steps."""
+        if update_every == 1 and freeze_step is None:
+            return True
+        due = (count % update_every == 0) | ramp_ends(sparsity, count)
         if freeze_step is not None:
             due = (due | (count == freeze_step)) & (count <= freeze_step)
-        with jax.enable_x64(True):  # s(c) in float64, as exact as its count
-            s = at_step(sparsity, count.astype(jnp.int64))
-            if isinstance(s, Mapping):  # not by jax.tree.map, which sorts the patterns
-                s = {pattern: jnp.asarray(x, jnp.float64) for pattern, x in s.items()}
-            else:
-                s = jnp.asarray(s, jnp.float64)
-            asked = jnp.any(jnp.stack(jax.tree.leaves(s)) > 0)
+        return due
+
+    def moved(count: jax.Array, thresholds: Any, params: Any) -> Any:
+        """The thresholds after ``count`` completed steps; no work while s = 0."""
+        s, due = at_step(sparsity, count), due_at(count)
+        before = named_leaves(thresholds)
+        every = named_leaves(params)
         # Compare what the next step will see, to the last bit.
-        params = jax.tree.map(jax.lax.optimization_barrier, params)
-
-        return jax.lax.cond(
-            due & asked,
-            lambda: leaf_thresholds(params, s, rule, near=thresholds),
-            lambda: jax.tree.map(lambda t: jnp.where(due, OFF, t), thresholds),
+        held = tied_to(count, [every[path] for path in before])
+        leaves = dict(zip(before, held, strict=True))
+        selected = jax.lax.cond(
+            asks_for_zeros(s) & due,
+            lambda: select(rule, leaves, params, s, before),
+            lambda: select_nothing(rule, leaves, s),
         )
+        after = leaf_thresholds(rule, leaves, selected)
+        if due is not True:
+            after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
+        return in_place_of(thresholds, after)
 
-    def hold_fixed(updates: Any, state: ThresholdState, params: Any) -> Any:
+    def hold_fixed(state: ThresholdState, updates: Any, params: Any) -> Any:
         """The updates that a mask which outlives the step allows."""
 
-        def held(path: str, t: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
+        def held(t: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
             hold = is_positive(t) if sticky == "strict" else jnp.zeros([], bool)
             if freeze_step is not None:
                 hold |= state.frozen
@@ -172,122 +208,85 @@ def gradual(
         return map_where_prunable(held, state.thresholds, updates, params)
 
     def remove(
-        updates: Any, state: ThresholdState, params: Any, stepped: Any
+        state: ThresholdState, updates: Any, params: Any, stepped: Any
     ) -> tuple[optax.Updates, ThresholdState]:
         """Takes what is below the threshold out of the raw weights."""
-        state = state._replace(thresholds=jax.tree.map(_above_zero, state.thresholds))
+        thresholds = jax.tree.map(_above_zeros, state.thresholds)
+        state = state._replace(thresholds=thresholds)
         updates = map_where_prunable(
-            lambda path, t, u, w, target: jnp.where(to_key(target) == 0, -w, u),
-            state.thresholds,
+            lambda _, u, w, target: jnp.where(to_key(target) == 0, -w, u),
+            thresholds,
             updates,
             params,
             state.effective_params(stepped),
         )
         if sticky == "published":
             return updates, state
-        landed = optax.apply_updates(params, updates)
         kept = map_where_prunable(
-            lambda path, t, w: (to_key(w) != 0) | ~is_positive(t),
-            state.thresholds,
-            jax.tree.map(jnp.asarray, landed),
+            lambda t, w: (to_key(w) != 0) | ~is_positive(t),
+            thresholds,
+            optax.apply_updates(params, updates),
         )
         inner_state = clear_state(state.inner_state, kept)
         return updates, state._replace(inner_state=inner_state)
 
-    def settle(count: jax.Array, thresholds: Any) -> Any:
-        """The thresholds to keep: what outlives the step is in the zeros themselves."""
-        if sticky == "strict":
-            thresholds = jax.tree.map(_lowest, thresholds)
-        if freeze_step is not None:
-            fixed = count >= freeze_step
-            thresholds = jax.tree.map(lambda t: jnp.where(fixed, 0, t), thresholds)
-        return thresholds
+    def fixed(state: ThresholdState, updates: Any, params: Any, stepped: Any) -> Any:
+        """Updates that take the raw weights to their effective values."""
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ThresholdState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        def onto(t: Any, u: Any, w: Any, now: Any, then: Any) -> jax.Array:
+            there = (then == now) & (to_key(then) != 0)
+            return jnp.where(there, u, step_onto(w, then, u.dtype))
+
+        effective = state.effective_params(stepped)
+        return map_where_prunable(
+            onto, state.thresholds, updates, params, stepped, effective
+        )
+
+    def land(
+        state: ThresholdState, updates: Any, params: Any, _: Any
     ) -> tuple[optax.Updates, ThresholdState]:
-        if params is None:
-            raise ValueError(
-                "thresholds move with the weights, so update needs them: call "
-                "tx.update(grads, opt_state, params)"
-            )
-        check_same_structure(state.thresholds, params)
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        count = optax.safe_increment(state.count)
-        updates = map_where_prunable(
-            lambda path, t, u: pin(u, state.count), state.thresholds, updates
-        )
         if freeze_step is not None or sticky == "strict":
-            updates = hold_fixed(updates, state, params)
+            updates = hold_fixed(state, updates, params)
         stepped = optax.apply_updates(params, updates)
-        state = state._replace(
-            count=count,
-            thresholds=move_thresholds(count, state.thresholds, stepped),
-            inner_state=inner_state,
-        )
+        thresholds = moved(state.count, state.thresholds, stepped)
+        state = state._replace(thresholds=thresholds)
         if sticky != "no":
-            updates, state = remove(updates, state, params, stepped)
-        if freeze_step is not None:
-            updates = jax.lax.cond(
-                count == freeze_step,
-                lambda: _fix(state, updates, params, stepped),
-                lambda: updates,
-            )
-        state = state._replace(thresholds=settle(count, state.thresholds))
-        if freeze_step is not None:
-            state = state._replace(frozen=count >= freeze_step)
-        return updates, state
+            updates, state = remove(state, updates, params, stepped)
+        if sticky == "strict":  # what is gone is told by the zeros themselves
+            thresholds = jax.tree.map(_above_zeros_alone, state.thresholds)
+            state = state._replace(thresholds=thresholds)
+        if freeze_step is None:
+            return updates, state
+        frozen = state.count >= freeze_step
+        updates = jax.lax.cond(
+            state.count == freeze_step,
+            lambda: fixed(state, updates, params, stepped),
+            lambda: updates,
+        )
+        thresholds = jax.tree.map(lambda t: jnp.where(frozen, 0, t), state.thresholds)
+        return updates, state._replace(thresholds=thresholds, frozen=frozen)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _least(t: jax.Array) -> jax.Array:
-    return from_key(jnp.ones([], to_key(t).dtype))
-
-
-def _above_zero(t: jax.Array) -> jax.Array:
-    """A threshold that is not off although all that it removes are zeros."""
-    return jnp.where(to_key(t) == 0, _least(t), t)
-
-
-def _lowest(t: jax.Array) -> jax.Array:
-    """The threshold that zeros alone are below, once there is one."""
-    return jnp.where(is_positive(t), _least(t), t)
-
-
-def _fix(
-    state: ThresholdState, updates: optax.Updates, params: Any, stepped: Any
-) -> optax.Updates:
-    """Updates that take the raw weights to their effective values."""
-
-    def onto(
-        path: str, t: jax.Array, u: jax.Array, w: jax.Array, now: jax.Array, then: Any
-    ) -> jax.Array:
-        there = (then == now) & (to_key(then) != 0)
-        return jnp.where(there, u, step_onto(w, then, u.dtype))
-
-    effective = state.effective_params(stepped)
-    return map_where_prunable(
-        onto, state.thresholds, updates, params, stepped, effective
+    masks = masks_gradient or freeze_step is not None
+    return sparse_transform(
+        inner,
+        init,
+        land,
+        check=check,
+        gradients=gradients if masks else None,
+        prunable=prunable,
     )
 
 
-def _check_arguments(
-    inner: Any, rule: Rule, rescale: bool, update_every: int, freeze_step: int | None
-) -> None:
-    """Raises early, before anything is compiled, for what can be known early."""
-    check_optimizer(inner)
-    if rescale and rule.axis_name is not None:
-        raise ValueError(
-            f"rescaling needs whole output channels, which weights sharded over "
-            f"{rule.axis_name!r} by hand may not have: pass rescale=False, or leave "
-            "the sharding to jit, without axis_name"
-        )
-    check_steps(update_every, "update_every", 1)
-    if freeze_step is not None:
-        check_steps(freeze_step, "freeze_step", 1)
+def _smallest_number(t: jax.Array) -> jax.Array:
+    """The smallest number above zero: as a threshold, zeros alone are below it."""
+    return from_key(jnp.ones([], to_key(t).dtype))
+
+
+def _above_zeros(t: jax.Array) -> jax.Array:
+    """A threshold that is not off although all that it removes are zeros."""
+    return jnp.where(to_key(t) == 0, _smallest_number(t), t)
+
+
+def _above_zeros_alone(t: jax.Array) -> jax.Array:
+    """The threshold that zeros alone are below, once there is one."""
+    return jnp.where(is_positive(t), _smallest_number(t), t)

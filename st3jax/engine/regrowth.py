@@ -6,6 +6,7 @@ they start and end, in what decides where to grow, and in the gradient that the
 optimizer sees.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,22 +14,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from st3jax.checks import check_choice, check_optimizer, check_steps
+from st3jax import ops
+from st3jax.checks import check_choice, check_steps
 from st3jax.engine.seeds import key_of
-from st3jax.engine.updates import clear_state, pin
+from st3jax.engine.step import first_count, sparse_transform
+from st3jax.engine.updates import clear_state
 from st3jax.rule.distributions import layer_sparsities
-from st3jax.rule.rule import make_rule
 from st3jax.selection.keys import from_key, score_dtype, to_key, widened
 from st3jax.selection.quantile import threshold
 from st3jax.selection.ranking import largest
+from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,
     check_same_structure,
     is_masked,
-    map_prunable,
     map_where_prunable,
     named_leaves,
-    prunable_leaves,
+    per_leaf_tree,
 )
 
 __all__ = ["GROWTHS", "RegrowthState", "random_masks", "regrowth"]
@@ -47,51 +49,36 @@ class RegrowthState(NamedTuple):
         count: int32 [], completed steps.
         masks: bool array of its shape for each prunable leaf, true where a weight is
             active; ``optax.MaskedNode`` elsewhere.
-        frozen: bool [], whether the mask is fixed; ``optax.MaskedNode`` if it never
-            will be.
-        seed: uint32 [2], where random growth starts from; ``optax.MaskedNode`` if
-            growth is not random.
+        frozen: bool [], whether the mask is fixed.
+        seed: uint32 [2], where random growth starts from.
         inner_state: State of the wrapped optimizer, zero at inactive weights.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     masks: Any
-    frozen: jax.Array | optax.MaskedNode
-    seed: jax.Array | optax.MaskedNode
+    frozen: jax.Array
+    seed: jax.Array
     inner_state: optax.OptState
+
+    @property
+    def per_leaf(self) -> Any:
+        """The tree that says which leaves are prunable."""
+        return self.masks
 
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`.
 
-        Inactive weights are zero. They receive their gradient nevertheless, until the
-        mask is fixed: it tells where to grow.
+        Inactive weights are zero. The gradient of theirs tells where to grow.
         """
         check_same_structure(self.masks, params)
-        if isinstance(self.frozen, optax.MaskedNode):
-            dense = jnp.ones([], bool)
-        else:
-            dense = ~self.frozen
         return map_where_prunable(
-            lambda path, mask, w: _masked(jnp.asarray(w), mask, mask | dense),
-            self.masks,
-            params,
+            lambda mask, w: ops.straight_through(w, _only(mask, w)), self.masks, params
         )
 
 
-@jax.custom_vjp
-def _masked(w: jax.Array, mask: jax.Array, reached: jax.Array) -> jax.Array:
-    """The weight where the mask is; its gradient wherever it is to be reached."""
-    del reached
-    return jnp.where(mask, w, jnp.zeros_like(w))
-
-
-def _masked_bwd(reached: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
-    return jnp.where(reached, g, jnp.zeros_like(g)), None, None
-
-
-_masked.defvjp(
-    lambda w, mask, reached: (_masked(w, mask, reached), reached), _masked_bwd
-)
+def _only(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights, or what belongs to them, zero where they are inactive."""
+    return jnp.where(mask, x, jnp.zeros_like(x))
 
 
 def random_masks(
@@ -118,12 +105,7 @@ def random_masks(
         4
     """
     shapes = {path: jnp.shape(w) for path, w in leaves.items()}
-    with jax.enable_x64(True):
-        each = layer_sparsities(distribution, shapes, sparsity)
-        kept = {
-            path: jnp.round((1 - each[path]) * leaves[path].size).astype(jnp.int32)
-            for path in leaves
-        }
+    kept = _numbers_kept(distribution, shapes, sparsity)
     return {
         path: largest(
             jax.random.uniform(key_of(seed, i), shapes[path], jnp.float32),
@@ -131,6 +113,18 @@ def random_masks(
             among=jnp.ones_like(w, bool),
         )
         for i, (path, w) in enumerate(leaves.items())
+    }
+
+
+@wide
+def _numbers_kept(
+    distribution: str, shapes: dict[str, tuple[int, ...]], sparsity: Any
+) -> dict[str, jax.Array]:
+    """How many weights each layer keeps, int32 []."""
+    each = layer_sparsities(distribution, shapes, sparsity)
+    return {
+        path: jnp.round((1 - each[path]) * math.prod(shape)).astype(jnp.int32)
+        for path, shape in shapes.items()
     }
 
 
@@ -143,7 +137,7 @@ def regrowth(
     initial_sparsity: Any = 0.0,
     distribution: str = "erk",
     seed: jax.Array | None = None,
-    mask_gradient: bool = False,
+    masks_gradient: bool = False,
     update_every: Any,
     freeze_step: Any = None,
     prunable: Prunable,
@@ -152,15 +146,16 @@ def regrowth(
 
     Args:
         inner: The optimizer that trains the active weights.
-        drop: From completed steps and active weights of a layer (int64 []) to how many
-            of them to drop; called in 64-bit mode.
+        drop: From completed steps (int64 []) and the active weights of a layer
+            (float64 []) to how many of them to drop, a whole number.
         growth: One of ``GROWTHS``: where the gradient is largest, or anywhere.
         asked: From completed steps (int64 []) to the sparsity that is to be reached by
-            pruning, if any is; called in 64-bit mode.
+            pruning (float64 []), if any is.
         initial_sparsity: Share of inactive weights at the start, if there is a seed.
         distribution: How that is spread over layers, ``"erk"`` or ``"uniform"``.
         seed: uint32 [2] for what is random; without one all weights start active.
-        mask_gradient: Whether the optimizer sees the gradient of active weights only.
+        masks_gradient: Whether the optimizer sees the gradient of active weights only.
+            Once the mask is fixed, it sees no other.
         update_every: Steps from one change of the mask to the next.
         freeze_step: Number of completed steps at which the mask is fixed, if ever.
         prunable: Predicate on (path, leaf).
@@ -172,27 +167,33 @@ def regrowth(
         ValueError: If an argument is out of its range.
         TypeError: If ``inner`` is not an optimizer or ``prunable`` not a function.
     """
-    _check_arguments(inner, distribution, prunable, update_every)
-    inner = optax.with_extra_args_support(inner)
+    check_choice(growth, "growth", GROWTHS)
+    check_choice(distribution, "distribution", ("erk", "uniform"))
+    check_steps(update_every, "update_every", 1)
 
-    def init_masks(params: optax.Params) -> Any:
-        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
-            return jnp.ones([], bool)
-        leaves = prunable_leaves(params, prunable)
+    def init(leaves: Leaves, params: optax.Params) -> RegrowthState:
         if seed is None:
             found = {path: jnp.ones_like(w, bool) for path, w in leaves.items()}
         else:
             found = random_masks(seed, leaves, initial_sparsity, distribution)
-        masks = map_prunable(lambda path, _: found[path], params, prunable)
-        return jax.tree.map(_in_box, masks, params, is_leaf=is_masked)
-
-    def init_fn(params: optax.Params) -> RegrowthState:
+        masks = per_leaf_tree(params, found)
         return RegrowthState(
-            count=jnp.zeros([], jnp.int32),
-            masks=init_masks(params),
-            frozen=optax.MaskedNode() if freeze_step is None else jnp.zeros([], bool),
-            seed=jnp.array(seed) if growth == "random" else optax.MaskedNode(),
-            inner_state=inner.init(params),
+            count=first_count(),
+            masks=jax.tree.map(_in_box, masks, params, is_leaf=is_masked),
+            frozen=jnp.zeros([], bool),
+            # A copy, as states are donated.
+            seed=jnp.zeros(2, jnp.uint32) if seed is None else jnp.array(seed),
+            inner_state=None,
+        )
+
+    def gradients(state: RegrowthState, grads: Any, _: Any) -> Any:
+        """Of active weights alone, where others do not count or never will."""
+        dense = jnp.asarray(not masks_gradient) & ~state.frozen
+        return (
+            map_where_prunable(
+                lambda mask, g: _only(mask | dense, g), state.masks, grads
+            ),
+            state,
         )
 
     def move(
@@ -204,7 +205,7 @@ def regrowth(
         if growth == "random":
             scores = _random_scores(key_of(state.seed, count), masks)
         if asked is not None:
-            masks = _pruned(masks, weights, asked, count)
+            masks = _pruned(masks, weights, wide(asked), count)
         moved = {
             path: _moved(mask, weights[path], scores[path], number(count, mask))
             for path, mask in masks.items()
@@ -216,83 +217,62 @@ def regrowth(
             jax.tree.unflatten(structure, kept.values()),
         )
 
+    @wide
     def number(count: jax.Array, mask: jax.Array) -> jax.Array:
         """How many weights of a leaf to drop after ``count`` completed steps."""
-        with jax.enable_x64(True):
-            count, active = count.astype(jnp.int64), mask.sum(dtype=jnp.int64)
-            dropped = jnp.clip(drop(count, active), 0, active)
-            if freeze_step is not None:
-                dropped = jnp.where(count < freeze_step, dropped, 0)
-            return dropped.astype(jnp.int32)
+        active = mask.sum(dtype=jnp.int64).astype(jnp.float64)
+        dropped = jnp.clip(drop(count.astype(jnp.int64), active), 0, active)
+        if freeze_step is not None:
+            dropped = jnp.where(count < freeze_step, dropped, 0)
+        return dropped.astype(jnp.int32)
 
-    def timing(count: jax.Array, state: RegrowthState) -> tuple[jax.Array, Any]:
+    def timing(count: jax.Array, state: RegrowthState) -> tuple[jax.Array, jax.Array]:
         """Whether the mask may change after this step, and whether it is fixed then."""
-        with jax.enable_x64(True):
-            count = count.astype(jnp.int64)
-            due = count % update_every == 0
-            if freeze_step is None:
-                return due, state.frozen
-            frozen = count.astype(jnp.float64) >= freeze_step
-            return (due | frozen) & ~state.frozen, frozen
+        due = count % update_every == 0
+        if freeze_step is None:
+            return due, jnp.zeros([], bool)
+        frozen = _reached(count, freeze_step)
+        return (due | frozen) & ~state.frozen, frozen
 
-    def update_fn(
-        updates: optax.Updates,
-        state: RegrowthState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+    def land(
+        state: RegrowthState, updates: Any, params: Any, grads: Any
     ) -> tuple[optax.Updates, RegrowthState]:
-        if params is None:
-            raise ValueError(
-                "masks move with the weights, so update needs them: call "
-                "tx.update(grads, opt_state, params)"
-            )
-        seen, grads = state.effective_params(params), updates
-        if mask_gradient:
-            updates = _only(state.masks, updates)
-        updates, inner_state = inner.update(
-            updates, state.inner_state, seen, **extra_args
-        )
-        updates = map_where_prunable(
-            lambda path, mask, u: pin(u, state.count), state.masks, updates
-        )
-        stepped = optax.apply_updates(seen, updates)
+        stepped = optax.apply_updates(state.effective_params(params), updates)
         # Compare what the next step will see, to the last bit.
         stepped = jax.tree.map(jax.lax.optimization_barrier, stepped)
-        count = optax.safe_increment(state.count)
-        due, frozen = timing(count, state)
+        due, frozen = timing(state.count, state)
         masks, kept = jax.lax.cond(
             due,
-            lambda: move(count, state, stepped, grads),
+            lambda: move(state.count, state, stepped, grads),
             lambda: (state.masks, state.masks),
         )
         updates = map_where_prunable(
-            lambda path, keep, u, w: jnp.where(keep, u, -w), kept, updates, params
+            lambda keep, u, w: jnp.where(keep, u, -w), kept, updates, params
         )
-        return updates, state._replace(
-            count=count,
-            masks=masks,
-            frozen=frozen,
-            inner_state=clear_state(inner_state, _over(kept, params)),
-        )
+        over = map_where_prunable(lambda keep, w: keep, kept, params)
+        inner_state = clear_state(state.inner_state, over)
+        state = state._replace(masks=masks, frozen=frozen, inner_state=inner_state)
+        return updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return sparse_transform(
+        inner,
+        init,
+        land,
+        gradients=gradients if masks_gradient or freeze_step is not None else None,
+        seen=lambda state, params: state.effective_params(params),
+        prunable=prunable,
+    )
+
+
+@wide
+def _reached(count: jax.Array, step: Any) -> jax.Array:
+    """Whether so many steps are completed; ``step`` need not be whole."""
+    return count.astype(jnp.float64) >= step
 
 
 def _in_box(mask: Any, part: Any) -> Any:
     """The mask in the box of its weight, if any: it is sharded the same way."""
     return mask if is_masked(mask) else jax.tree.map(lambda _: mask, part)
-
-
-def _over(masks: Any, params: Any) -> Any:
-    """The masks in the structure of the parameters."""
-    return map_where_prunable(lambda path, mask, w: mask, masks, params)
-
-
-def _only(masks: Any, tree: Any) -> Any:
-    """The tree, zero where weights are inactive."""
-    return map_where_prunable(
-        lambda path, mask, x: jnp.where(mask, x, jnp.zeros_like(x)), masks, tree
-    )
 
 
 def _random_scores(key: jax.Array, masks: Leaves) -> Leaves:
@@ -306,18 +286,25 @@ def _pruned(masks: Leaves, weights: Leaves, asked: Asked, count: jax.Array) -> L
     """What is left of the masks at the sparsity asked for, of all leaves together."""
     dtype = score_dtype(*(jnp.result_type(weights[path]) for path in masks))
     sizes = {path: _sizes(mask, weights[path], dtype) for path, mask in masks.items()}
-    with jax.enable_x64(True):
-        sparsity = jnp.asarray(asked(count.astype(jnp.int64)), jnp.float64)
-        total = sum(mask.size for mask in masks.values())
-        active = sum(mask.sum(dtype=jnp.int64) for mask in masks.values())
-        removed = jnp.floor(sparsity * (total - 1)) + 1  # as selection counts
-        more = (sparsity > 0) & (removed > total - active)
+    sparsity, more = _goes_on(masks, asked, count)
 
     def prune() -> Leaves:
         t = to_key(threshold(sizes, sparsity))
         return {path: mask & (to_key(sizes[path]) > t) for path, mask in masks.items()}
 
     return jax.lax.cond(more, prune, lambda: masks)
+
+
+@wide
+def _goes_on(
+    masks: Leaves, asked: Asked, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sparsity asked for, and whether fewer weights are inactive now."""
+    sparsity = jnp.asarray(asked(count.astype(jnp.int64))).astype(jnp.float64)
+    total = sum(mask.size for mask in masks.values())
+    active = jnp.stack([mask.sum(dtype=jnp.int64) for mask in masks.values()]).sum()
+    removed = jnp.floor(sparsity * (total - 1)) + 1  # as selection counts
+    return sparsity, (sparsity > 0) & (removed > (total - active).astype(jnp.float64))
 
 
 def _sizes(mask: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -333,22 +320,3 @@ def _moved(
     active = mask.sum(dtype=jnp.int32)
     kept = largest(w, active - number, among=mask)
     return kept | largest(scores, number, among=~kept)
-
-
-def _check_arguments(
-    inner: Any, distribution: str, prunable: Any, update_every: Any
-) -> None:
-    """Raises early, before anything is compiled, for what can be known early."""
-    check_optimizer(inner)
-    check_choice(distribution, "distribution", ("erk", "uniform"))
-    make_rule(
-        criterion="l1",
-        distribution=distribution,
-        budget="weights",
-        costs=None,
-        pattern=None,
-        block_shape=None,
-        prunable=prunable,
-        axis_name=None,
-    )
-    check_steps(update_every, "update_every", 1)

@@ -66,6 +66,7 @@ def pin(update: jax.Array, count: jax.Array) -> jax.Array:
         >>> pin(jnp.array([0.5, -2.0]), jnp.array(7)).tolist()
         [0.5, -2.0]
     """
+    update = jnp.asarray(update)
     integer = jnp.dtype(f"int{8 * update.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(update, integer)
     bits ^= (count >> 31).astype(integer)
@@ -73,7 +74,9 @@ def pin(update: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _land(w: jax.Array, update: jax.Array) -> jax.Array:
-    return (w + update).astype(w.dtype)
+    """Where an update leads, as ``optax.apply_updates`` adds it."""
+    wide = jnp.promote_types(w.dtype, update.dtype)
+    return (w.astype(wide) + update.astype(wide)).astype(w.dtype)
 
 
 def _off_zero(w: jax.Array, update: jax.Array, sign: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ model compression", arXiv:1710.01878.
 
 import optax
 
+from st3jax import ops
 from st3jax.checks import check_choice
 from st3jax.engine.gradual import STICKY, gradual
 from st3jax.rule.costs import Costs
@@ -24,10 +25,8 @@ def gmp(
     sticky: str = "no",
     criterion: str = "l1",
     distribution: str = "global",
-    budget: str = "weights",
     costs: Costs | None = None,
-    pattern: str | None = None,
-    block_shape: tuple[int, ...] | None = None,
+    pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
     update_every: int = 1,
     freeze_step: int | None = None,
@@ -38,7 +37,11 @@ def gmp(
     The model sees
 
     .. math::
-        w_\text{eff} = w \; [\,|w| > t\,], \qquad
+        w_\text{eff} = w \; [\,|w| > t\,]
+
+    ``inner`` sees the gradient of kept weights alone,
+
+    .. math::
         \frac{\partial L}{\partial w} =
         \frac{\partial L}{\partial w_\text{eff}} \; [\,|w| > t\,]
 
@@ -49,7 +52,7 @@ def gmp(
     Args:
         inner: The optimizer that trains the raw weights.
         sparsity: Share of prunable weights to be zero, in [0, 1]: a number, a schedule
-            such as :func:`st3jax.polynomial_ramp`, or a mapping from path patterns.
+            such as :func:`st3jax.polynomial_ramp`, or a mapping from paths.
         sticky: Whether zeroed weights are gone for good. ``"no"``: raw weights keep
             their value, and a weight returns when kept ones have become smaller than
             it (the published method). ``"strict"``: raw weights become zero, their
@@ -59,10 +62,8 @@ def gmp(
         criterion: ``"l1"`` or ``"l1_sigma"``; this and what follows is as for
             :func:`st3jax.st3`.
         distribution: ``"global"``, ``"uniform"`` or ``"erk"``.
-        budget: ``"weights"`` or ``"multiply_adds"``.
-        costs: For ``"multiply_adds"``, from path to what one weight costs.
-        pattern: ``None``, ``"N:M"`` or ``"block"``.
-        block_shape: For ``"block"``, the shape of a block on a leaf's last axes.
+        costs: From path to the multiply-adds of one weight, to count those.
+        pattern: ``None``, ``"N:M"``, or the shape of a block.
         prunable: Predicate on (path, leaf).
         update_every: Steps from one threshold to the next; a kept weight that falls
             to the threshold in between is zero at once, unless zeros are strict.
@@ -83,10 +84,8 @@ def gmp(
         >>> params = {"kernel": jax.numpy.array([[1.0, -2.0, 3.0, -4.0]])}
         >>> tx = gmp(optax.sgd(0.0), sparsity=0.5)
         >>> _, opt_state = tx.update(params, tx.init(params), params)
-        >>> def total(params):
-        ...     return st3jax.sparsify(params, opt_state)["kernel"].sum()
-        >>> float(total(params)), jax.grad(total)(params)["kernel"].tolist()
-        (-1.0, [[0.0, 0.0, 1.0, 1.0]])
+        >>> st3jax.sparsify(params, opt_state)["kernel"].tolist()
+        [[0.0, 0.0, 3.0, -4.0]]
 
     References:
         arXiv:1710.01878, section 3; arXiv:2212.01076 for the global threshold.
@@ -95,17 +94,17 @@ def gmp(
     rule = make_rule(
         criterion=criterion,
         distribution=distribution,
-        budget=budget,
         costs=costs,
         pattern=pattern,
-        block_shape=block_shape,
-        prunable=prunable,
         axis_name=axis_name,
     )
     return gradual(
         inner,
         sparsity,
         rule,
+        ops.hard_threshold,
+        masks_gradient=True,
+        prunable=prunable,
         sticky=sticky,
         update_every=update_every,
         freeze_step=freeze_step,

@@ -4,18 +4,17 @@ Source: Liu et al., "Sparse Training via Boosting Pruning Plasticity with
 Neuroregeneration", NeurIPS 2021, arXiv:2106.10404.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from st3jax.checks import check_fraction, check_steps, is_concrete
+from st3jax.checks import as_mapping, check_fraction, check_steps, is_concrete
 from st3jax.engine.regrowth import regrowth
 from st3jax.engine.seeds import seed_of
-from st3jax.rule.rule import LAST_STEP, Rule, check_schedules
-from st3jax.schedules import Sparsity, at_step
+from st3jax.rule.rule import Rule, check_schedules
+from st3jax.schedules import LAST_STEP, Sparsity, at_step
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["granet"]
@@ -125,21 +124,21 @@ def granet(
     check_fraction(drop, "drop")
     if freeze_step is not None:
         check_steps(freeze_step, "freeze_step", 1)
-    _check_sparsity(sparsity, initial_sparsity, key, freeze_step, prunable)
+    _check_sparsity(sparsity, initial_sparsity, key, freeze_step)
     seed = None if key is None else seed_of(key)
     if is_concrete(initial_sparsity) and float(initial_sparsity) == 0:
         seed = None  # nothing is random
 
     def dropped(count: jax.Array, active: jax.Array) -> jax.Array:
-        done = jnp.minimum(count / total_steps, 1)
+        done = jnp.minimum(count.astype(active.dtype) / total_steps, 1)
         share = LEAST_DROP + (drop - LEAST_DROP) / 2 * (1 + jnp.cos(jnp.pi * done))
         return jnp.ceil(share * active)
 
-    def asked(count: jax.Array) -> Any:
-        s = jnp.asarray(at_step(sparsity, count), jnp.float64)
+    def asked(count: jax.Array) -> jax.Array:
+        s = at_step(sparsity, count)
         if seed is None:
             return s
-        final = jnp.asarray(at_step(sparsity, jnp.asarray(LAST_STEP)), jnp.float64)
+        final = at_step(sparsity, LAST_STEP)
         return final - (final - initial_sparsity) * (1 - s / final)
 
     return regrowth(
@@ -154,16 +153,14 @@ def granet(
     )
 
 
-def _check_sparsity(
-    sparsity: Any, initial: Any, key: Any, freeze_step: Any, prunable: Prunable
-) -> None:
+def _check_sparsity(sparsity: Any, initial: Any, key: Any, freeze_step: Any) -> None:
     """Raises unless it can start at one sparsity and end at the other."""
-    if isinstance(sparsity, Mapping):
+    if as_mapping(sparsity) is not None:
         raise ValueError(
             "GraNet compares the weights of all layers, so sparsity is one number or "
             f"one schedule for all of them, got {sparsity!r}"
         )
-    check_schedules(Rule(prunable=prunable), sparsity, freeze_step)
+    check_schedules(Rule(), sparsity, freeze_step)
     check_fraction(initial, "initial_sparsity")
     with jax.ensure_compile_time_eval():
         final = at_step(sparsity, jnp.array(LAST_STEP))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from st3jax import ops
 from st3jax.checks import check_fraction, check_steps
 from st3jax.engine.gradual import gradual
 from st3jax.rule.rule import Rule
@@ -125,7 +126,10 @@ def lrr(
     return gradual(
         inner,
         staircase,
-        Rule(prunable=prunable),
+        Rule(),
+        ops.hard_threshold,
+        masks_gradient=True,
+        prunable=prunable,
         sticky="strict",
         update_every=cycle_steps,
     )

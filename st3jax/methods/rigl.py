@@ -90,7 +90,7 @@ def rigl(
     last = end * total_steps
 
     def dropped(count: jax.Array, active: jax.Array) -> jax.Array:
-        done = jnp.minimum(count / last, 1)
+        done = jnp.minimum(count.astype(active.dtype) / last, 1)
         return jnp.floor(drop / 2 * (1 + jnp.cos(jnp.pi * done)) * active)
 
     return regrowth(
@@ -99,7 +99,7 @@ def rigl(
         initial_sparsity=sparsity,
         distribution=distribution,
         seed=seed_of(key),
-        mask_gradient=True,
+        masks_gradient=True,
         update_every=update_every,
         freeze_step=last,
         prunable=prunable,

@@ -93,7 +93,7 @@ def set_(
         initial_sparsity=sparsity,
         distribution=distribution,
         seed=seed_of(key),
-        mask_gradient=True,
+        masks_gradient=True,
         update_every=update_every,
         freeze_step=freeze_step,
         prunable=prunable,

@@ -4,8 +4,11 @@ Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
 """
 
+import jax
 import optax
 
+from st3jax import ops
+from st3jax.checks import check_whole_channels
 from st3jax.engine.gradual import gradual
 from st3jax.rule.costs import Costs
 from st3jax.rule.rule import make_rule
@@ -14,6 +17,36 @@ from st3jax.selection.tally import AxisName
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["st3"]
+
+
+def soft_rescaled(w: jax.Array, t: jax.Array) -> jax.Array:
+    """The method itself: shrunk by the threshold, channels made up for what they lost.
+
+    Example:
+        >>> w = jax.numpy.array([[4.0], [-1.0], [3.0]])
+        >>> [round(float(x), 3) for x in soft_rescaled(w, jax.numpy.array(2.0))[:, 0]]
+        [2.282, 0.0, 1.141]
+    """
+    return ops.rescale(ops.soft_threshold(w, t), ops.channel_scale(w, t))
+
+
+def hard_rescaled(w: jax.Array, t: jax.Array) -> jax.Array:
+    """With a hard threshold, for ablation.
+
+    Example:
+        >>> w = jax.numpy.array([[4.0], [-1.0], [3.0]])
+        >>> [round(float(x), 3) for x in hard_rescaled(w, jax.numpy.array(2.0))[:, 0]]
+        [4.565, 0.0, 3.424]
+    """
+    return ops.rescale(ops.hard_threshold(w, t), ops.channel_scale(w, t))
+
+
+FORMULAS = {  # by (soft, rescale)
+    (True, True): soft_rescaled,
+    (True, False): ops.soft_threshold,
+    (False, True): hard_rescaled,
+    (False, False): ops.hard_threshold,
+}
 
 
 def st3(
@@ -25,10 +58,8 @@ def st3(
     rescale: bool = True,
     straight_through: bool = True,
     distribution: str = "global",
-    budget: str = "weights",
     costs: Costs | None = None,
-    pattern: str | None = None,
-    block_shape: tuple[int, ...] | None = None,
+    pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
     update_every: int = 1,
     freeze_step: int | None = None,
@@ -58,9 +89,9 @@ def st3(
     Args:
         inner: The optimizer that trains the raw weights.
         sparsity: Share of prunable weights to be zero, in [0, 1]: a number, or a
-            schedule such as :func:`st3jax.polynomial_ramp`. A mapping from path
-            patterns (``"*head*"``, the first that matches counts) to numbers or
-            schedules gives each layer its own.
+            schedule such as :func:`st3jax.polynomial_ramp`. A mapping from paths
+            (``"*head*"``, the first that matches counts) to numbers or schedules gives
+            each layer its own.
         criterion: ``"l1"`` compares magnitudes; ``"l1_sigma"`` (ST-3-sigma) compares
             them relative to the width of their layer.
         soft: Soft threshold (the method's own) or hard threshold.
@@ -70,18 +101,20 @@ def st3(
         distribution: ``"global"`` (the method's own) compares the weights of all
             layers; ``"uniform"`` takes the same share of each layer; ``"erk"``
             (Erdos-Renyi-kernel) takes less of small and narrow layers.
-        budget: What the sparsity is a share of: ``"weights"``, or ``"multiply_adds"``,
-            for which weights count as often as they are used.
-        costs: For ``"multiply_adds"``, from path to the multiply-adds that one weight
-            of the leaf takes part in, a whole number. Leaves that are not prunable
+        costs: Makes the sparsity a share of multiply-adds instead of weights: from path
+            to those that one weight of the leaf takes part in, a whole number, as
+            :func:`st3jax.multiply_adds` counts them. Leaves that are not prunable
             count towards the total if they are listed.
         pattern: Which weights go together: ``None``; ``"N:M"`` such as ``"2:4"``, where
             of every M weights along the input axis at most N are kept, and the
-            sparsity ends at ``1 - N / M``; or ``"block"``, which go by their l1 norm.
-        block_shape: For ``"block"``, the shape of a block on a leaf's last axes.
+            sparsity ends at ``1 - N / M``; or the shape of a block on a leaf's last
+            axes, such as ``(4, 8)``: blocks go by their l1 norm.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
-        update_every: Steps from one threshold to the next.
+        update_every: Steps from one threshold to the next; the step that ends a ramp
+            moves it too, so that the target is always reached. In between weights
+            train past the threshold: with 100 steps, sparsities from 0.888 to 0.900
+            were measured where 0.9 was asked for.
         freeze_step: Number of completed steps at which the mask is fixed, not before
             the sparsity has reached its final value; never by default.
         axis_name: Axes of ``shard_map`` that the weights are sharded over by hand.
@@ -121,20 +154,19 @@ def st3(
     rule = make_rule(
         criterion=criterion,
         distribution=distribution,
-        budget=budget,
         costs=costs,
         pattern=pattern,
-        block_shape=block_shape,
-        prunable=prunable,
         axis_name=axis_name,
     )
+    if rescale:
+        check_whole_channels(axis_name)
     return gradual(
         inner,
         sparsity,
         rule,
-        soft=soft,
-        rescale=rescale,
-        straight_through=straight_through,
+        FORMULAS[bool(soft), bool(rescale)],
+        masks_gradient=not straight_through,
+        prunable=prunable,
         update_every=update_every,
         freeze_step=freeze_step,
     )

@@ -2,6 +2,7 @@
 
 import optax
 
+from st3jax import ops
 from st3jax.engine.gradual import gradual
 from st3jax.rule.costs import Costs
 from st3jax.rule.rule import make_rule
@@ -18,10 +19,8 @@ def ste(
     *,
     criterion: str = "l1",
     distribution: str = "global",
-    budget: str = "weights",
     costs: Costs | None = None,
-    pattern: str | None = None,
-    block_shape: tuple[int, ...] | None = None,
+    pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
     update_every: int = 1,
     freeze_step: int | None = None,
@@ -42,14 +41,12 @@ def ste(
     Args:
         inner: The optimizer that trains the raw weights.
         sparsity: Share of prunable weights to be zero, in [0, 1]: a number, a schedule
-            such as :func:`st3jax.polynomial_ramp`, or a mapping from path patterns.
+            such as :func:`st3jax.polynomial_ramp`, or a mapping from paths.
         criterion: ``"l1"`` or ``"l1_sigma"``; this and what follows is as for
             :func:`st3jax.st3`.
         distribution: ``"global"``, ``"uniform"`` or ``"erk"``.
-        budget: ``"weights"`` or ``"multiply_adds"``.
-        costs: For ``"multiply_adds"``, from path to what one weight costs.
-        pattern: ``None``, ``"N:M"`` or ``"block"``.
-        block_shape: For ``"block"``, the shape of a block on a leaf's last axes.
+        costs: From path to the multiply-adds of one weight, to count those.
+        pattern: ``None``, ``"N:M"``, or the shape of a block.
         prunable: Predicate on (path, leaf).
         update_every: Steps from one threshold to the next.
         freeze_step: Number of completed steps at which the mask is fixed; never by
@@ -80,18 +77,17 @@ def ste(
     rule = make_rule(
         criterion=criterion,
         distribution=distribution,
-        budget=budget,
         costs=costs,
         pattern=pattern,
-        block_shape=block_shape,
-        prunable=prunable,
         axis_name=axis_name,
     )
     return gradual(
         inner,
         sparsity,
         rule,
-        straight_through=True,
+        ops.hard_threshold,
+        masks_gradient=False,
+        prunable=prunable,
         update_every=update_every,
         freeze_step=freeze_step,
     )

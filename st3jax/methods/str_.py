@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from st3jax import ops
-from st3jax.checks import check_optimizer, check_steps, is_concrete
-from st3jax.engine.updates import hold_mask, pin, step_onto
-from st3jax.selection.keys import is_positive, to_key
+from st3jax.checks import check_steps, is_concrete
+from st3jax.engine.step import first_count, sparse_transform
+from st3jax.engine.updates import hold_mask, step_onto
+from st3jax.selection.keys import to_key
 from st3jax.trees import (
     Prunable,
     check_same_structure,
     is_kernel,
     is_masked,
-    map_prunable,
     map_where_prunable,
+    per_leaf_tree,
 )
 
 __all__ = ["STRState", "str_"]
@@ -45,13 +46,18 @@ class STRState(NamedTuple):
     threshold_state: optax.OptState
     inner_state: optax.OptState
 
+    @property
+    def per_leaf(self) -> Any:
+        """The tree that says which leaves are prunable."""
+        return self.thresholds
+
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`."""
         check_same_structure(self.thresholds, params)
 
-        def effective(path: str, v: jax.Array, w: jax.Array) -> jax.Array:
+        def effective(v: jax.Array, w: jax.Array) -> jax.Array:
             t = jnp.where(self.frozen, 0, jax.nn.sigmoid(v))
-            return ops.soft_threshold(ops.hold_zeros(w, self.frozen), t)
+            return ops.soft_threshold(w, t)
 
         return map_where_prunable(effective, self.thresholds, params)
 
@@ -118,91 +124,69 @@ def str_(
     References:
         arXiv:2002.03231, section 3.
     """
-    _check_arguments(inner, threshold_optimizer, initial, freeze_step, prunable)
-    inner = optax.with_extra_args_support(inner)
+    _check_arguments(threshold_optimizer, initial, freeze_step)
 
-    def init_fn(params: optax.Params) -> STRState:
-        def first(*_: Any) -> jax.Array:
-            return jnp.full([], initial, jnp.float32)
-
-        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
-            thresholds = first()
-        else:
-            thresholds = map_prunable(first, params, prunable)
+    def init(leaves: dict[str, Any], params: optax.Params) -> STRState:
+        first = {path: jnp.full([], initial, jnp.float32) for path in leaves}
+        thresholds = per_leaf_tree(params, first)
         return STRState(
-            count=jnp.zeros([], jnp.int32),
+            count=first_count(),
             thresholds=thresholds,
             frozen=jnp.zeros([], bool),
             threshold_state=threshold_optimizer.init(thresholds),
-            inner_state=inner.init(params),
+            inner_state=None,
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: STRState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, STRState]:
-        if params is None:
-            raise ValueError(
-                "thresholds learn from the weights, so update needs them: call "
-                "tx.update(grads, opt_state, params)"
-            )
-        check_same_structure(state.thresholds, params)
+    def gradients(state: STRState, grads: Any, params: Any) -> tuple[Any, STRState]:
+        """That of kept weights; the thresholds learn from it, too."""
         slopes = jax.tree.map(
-            _slope, state.thresholds, updates, params, is_leaf=is_masked
+            _slope, state.thresholds, grads, params, is_leaf=is_masked
         )
         moves, threshold_state = threshold_optimizer.update(
             slopes, state.threshold_state, state.thresholds
         )
+        learned = optax.apply_updates(state.thresholds, moves), threshold_state
         thresholds, threshold_state = jax.tree.map(
             lambda old, new: jnp.where(state.frozen, old, new),
             (state.thresholds, state.threshold_state),
-            (optax.apply_updates(state.thresholds, moves), threshold_state),
+            learned,
         )
-        grads = map_where_prunable(
-            lambda path, v, g, w: jnp.where(
-                state.frozen | _reaches(v, w), g, jnp.zeros_like(g)
-            ),
+
+        def reaching(v: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
+            kept = jnp.where(state.frozen, to_key(w) != 0, _reaches(v, w))
+            return jnp.where(kept, g, jnp.zeros_like(g))
+
+        grads = map_where_prunable(reaching, state.thresholds, grads, params)
+        state = state._replace(thresholds=thresholds, threshold_state=threshold_state)
+        return grads, state
+
+    def land(
+        state: STRState, updates: Any, params: Any, _: Any
+    ) -> tuple[optax.Updates, STRState]:
+        updates = map_where_prunable(
+            lambda _, u, w: hold_mask(w, u, state.frozen),
             state.thresholds,
             updates,
             params,
         )
-        updates, inner_state = inner.update(
-            grads, state.inner_state, params, **extra_args
-        )
+        if freeze_step is None:
+            return updates, state._replace(frozen=jnp.zeros([], bool))
+        fix = state.count == freeze_step
         updates = map_where_prunable(
-            lambda path, v, u, w: hold_mask(w, pin(u, state.count), state.frozen),
-            thresholds,
+            lambda _, u, w, target: jnp.where(fix, step_onto(w, target, u.dtype), u),
+            state.thresholds,
             updates,
             params,
+            state.effective_params(optax.apply_updates(params, updates)),
         )
-        count = optax.safe_increment(state.count)
-        state = STRState(count, thresholds, state.frozen, threshold_state, inner_state)
-        if freeze_step is not None:
-            stepped = state.effective_params(optax.apply_updates(params, updates))
-            fix = count == freeze_step
-            updates = map_where_prunable(
-                lambda path, v, u, w, target: jnp.where(
-                    fix, step_onto(w, target, u.dtype), u
-                ),
-                thresholds,
-                updates,
-                params,
-                stepped,
-            )
-            state = state._replace(frozen=count >= freeze_step)
-        return updates, state
+        return updates, state._replace(frozen=state.count >= freeze_step)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return sparse_transform(inner, init, land, gradients=gradients, prunable=prunable)
 
 
 def _reaches(v: jax.Array, w: jax.Array) -> jax.Array:
     """Whether the gradient of what the model sees reaches the weight."""
-    t = jax.nn.sigmoid(v)
-    return (to_key(w) > to_key(t.astype(jnp.promote_types(w.dtype, t.dtype)))) | (
-        ~is_positive(t)
-    )
+    return ops.is_kept(w, jax.nn.sigmoid(v))
 
 
 def _slope(v: Any, g: Any, w: Any) -> Any:
@@ -211,15 +195,13 @@ def _slope(v: Any, g: Any, w: Any) -> Any:
         return v
     (g,), (w,) = jax.tree.leaves(g), jax.tree.leaves(w)  # out of their boxes
     t = jax.nn.sigmoid(v)
-    passed = jnp.where(_reaches(v, w), g.astype(v.dtype) * jnp.sign(w), 0)
+    signed = g.astype(v.dtype) * jnp.sign(w).astype(v.dtype)
+    passed = jnp.where(_reaches(v, w), signed, 0)
     return -t * (1 - t) * passed.sum(dtype=v.dtype)
 
 
-def _check_arguments(
-    inner: Any, threshold_optimizer: Any, initial: Any, freeze_step: Any, prunable: Any
-) -> None:
+def _check_arguments(threshold_optimizer: Any, initial: Any, freeze_step: Any) -> None:
     """Raises early, before anything is compiled, for what can be known early."""
-    check_optimizer(inner)
     if not isinstance(threshold_optimizer, optax.GradientTransformation):
         raise TypeError(
             "threshold_optimizer is an optimizer with weight decay, as optax.chain("
@@ -230,8 +212,3 @@ def _check_arguments(
         raise ValueError(f"initial is a finite number, got {initial}")
     if freeze_step is not None:
         check_steps(freeze_step, "freeze_step", 1)
-    if not callable(prunable):
-        raise TypeError(
-            "prunable is a function of (path, leaf) that says whether to prune the "
-            f"leaf, got {prunable!r}"
-        )

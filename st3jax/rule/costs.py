@@ -1,4 +1,4 @@
-"""Budgets: what the share asked for is a share of, weights or multiply-adds."""
+"""Costs: a sparsity can be a share of multiply-adds instead of weights."""
 
 import math
 from collections.abc import Mapping
@@ -7,59 +7,33 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from st3jax.checks import check_choice, check_cost
+from st3jax.checks import check_cost
 from st3jax.selection.tally import sharded_over
+from st3jax.trees import all_paths
 
-__all__ = ["BUDGETS", "check_budget", "check_costs", "largest_share", "total_cost"]
-
-BUDGETS = ("weights", "multiply_adds")
+__all__ = ["Costs", "check_costs", "largest_share", "total_cost"]
 
 Costs = Mapping[str, int]
 """From the path of a leaf to the multiply-adds that one of its weights takes part in,
 a whole number."""
 
 
-def check_budget(budget: str, costs: Costs | None) -> None:
-    """Raises unless a budget and its costs fit together.
-
-    Raises:
-        ValueError: If the budget is unknown, or needs costs and has none.
-        TypeError: If the costs are not a mapping.
-
-    Example:
-        >>> check_budget("multiply_adds", None)
-        Traceback (most recent call last):
-        ValueError: budget 'multiply_adds' and costs go together, got budget \
-'multiply_adds' and costs None: costs={'Dense_0/kernel': 1, ...} gives the \
-multiply-adds of one weight of each leaf
-    """
-    check_choice(budget, "budget", BUDGETS)
-    if (budget == "multiply_adds") != (costs is not None):
-        raise ValueError(
-            "budget 'multiply_adds' and costs go together, got budget "
-            f"{budget!r} and costs {costs!r}: costs={{'Dense_0/kernel': 1, ...}} gives "
-            "the multiply-adds of one weight of each leaf"
-        )
-    if costs is not None and not isinstance(costs, Mapping):
-        raise TypeError(
-            "costs is a mapping from the path of a leaf to the multiply-adds of one of "
-            f"its weights, got {type(costs).__name__}"
-        )
-
-
-def check_costs(costs: Costs, leaves: Mapping[str, Any]) -> None:
-    """Raises unless every prunable leaf has a cost.
+def check_costs(costs: Costs, leaves: Mapping[str, Any], params: Any) -> None:
+    """Raises unless every prunable leaf has a cost, and every cost a leaf.
 
     Args:
         costs: From path to cost.
         leaves: The prunable leaves.
+        params: Pytree of all parameters.
 
     Raises:
-        ValueError: With the path of a leaf whose cost is missing or negative.
+        ValueError: With the path of a leaf whose cost is missing or negative, or with
+            one that is no leaf's.
         TypeError: If a cost is not a whole number.
 
     Example:
-        >>> check_costs({}, {"head/kernel": jnp.ones((2, 3))})
+        >>> params = {"head/kernel": jnp.ones((2, 3))}
+        >>> check_costs({}, params, params)
         Traceback (most recent call last):
         ValueError: costs has no entry for the leaf 'head/kernel' (it has none at all)
     """
@@ -69,8 +43,15 @@ def check_costs(costs: Costs, leaves: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"costs has no entry for the leaf '{path}' (it has {listed})"
             )
+    places = all_paths(params)
     for path, cost in costs.items():
         check_cost(cost, f"the cost of '{path}'")
+        if path not in places:
+            listed = ", ".join(repr(place) for place in places[:3])
+            raise ValueError(
+                f"costs has an entry for '{path}', which is no parameter: there are "
+                f"{listed} and others"
+            )
 
 
 def total_cost(costs: Costs, leaves: Mapping[str, Any], axis_name: Any = None) -> int:

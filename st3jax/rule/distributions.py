@@ -2,7 +2,7 @@
 
 ``"global"`` leaves it to one threshold for all layers. Here are the others, which give
 every layer a sparsity of its own: ``"uniform"``, ``"erk"``, and explicit numbers by
-path pattern.
+path, where ``*`` stands for any text.
 """
 
 import fnmatch
@@ -13,80 +13,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["DISTRIBUTIONS", "by_pattern", "erk_densities", "layer_sparsities"]
+from st3jax.selection.wide import wide
+
+__all__ = ["DISTRIBUTIONS", "by_path", "erk_densities", "layer_sparsities"]
 
 DISTRIBUTIONS = ("global", "uniform", "erk")
 
 
+@wide
 def layer_sparsities(
     distribution: str, shapes: Mapping[str, tuple[int, ...]], sparsity: Any
 ) -> dict[str, jax.Array]:
     """The sparsity of each layer, so that all together have the one asked for.
 
-    To be called in 64-bit mode.
-
     Args:
         distribution: ``"uniform"`` or ``"erk"``; anything if ``sparsity`` is a mapping.
         shapes: From path to shape.
-        sparsity: Scalar in [0, 1], or a mapping from path patterns to such scalars.
+        sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
 
     Returns:
         float64 [] for each path.
 
     Raises:
-        ValueError: If path patterns and paths do not fit, see :func:`by_pattern`.
+        ValueError: If the paths of a mapping do not fit, see :func:`by_path`.
 
     Example:
-        >>> with jax.enable_x64(True):
-        ...     layer_sparsities("uniform", {"kernel": (2, 3)}, 0.5)["kernel"].item()
+        >>> layer_sparsities("uniform", {"kernel": (2, 3)}, 0.5)["kernel"].item()
         0.5
     """
     if isinstance(sparsity, Mapping):
-        chosen = by_pattern(sparsity, list(shapes))
-        return {path: jnp.asarray(s, jnp.float64) for path, s in chosen.items()}
-    sparsity = jnp.asarray(sparsity, jnp.float64)
+        chosen = by_path(sparsity, list(shapes))
+        return {path: jnp.asarray(s).astype(jnp.float64) for path, s in chosen.items()}
+    sparsity = jnp.asarray(sparsity).astype(jnp.float64)
     if distribution == "uniform":
         return dict.fromkeys(shapes, sparsity)
     densities = erk_densities(list(shapes.values()), 1 - sparsity)
     return {path: 1 - densities[i] for i, path in enumerate(shapes)}
 
 
-def by_pattern(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """The value for each path: that of the first pattern which matches it.
+def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """The value for each leaf: the first whose path matches that of the leaf.
 
     Args:
-        values: From pattern to value. ``*`` stands for any text, ``/`` included.
+        values: From path to value. ``*`` stands for any text, ``/`` included.
         paths: Paths of leaves.
 
     Returns:
-        From path to value.
+        From the path of each leaf to its value.
 
     Raises:
-        ValueError: If a path matches no pattern or a pattern no path.
+        ValueError: If a leaf matches no path or a path no leaf.
 
     Example:
-        >>> by_pattern({"*head*": 0.5, "*": 0.9}, ["stem/kernel", "head/kernel"])
+        >>> by_path({"*head*": 0.5, "*": 0.9}, ["stem/kernel", "head/kernel"])
         {'stem/kernel': 0.9, 'head/kernel': 0.5}
     """
     listed = ", ".join(repr(path) for path in paths[:5])
-    for pattern in values:
-        if not fnmatch.filter(paths, pattern):
+    for path in values:
+        if not fnmatch.filter(paths, path):
             raise ValueError(
-                f"the pattern {pattern!r} of sparsity matches no prunable leaf "
-                f"({listed})"
+                f"the path {path!r} of sparsity matches no prunable leaf ({listed})"
             )
     chosen = {}
-    for path in paths:
-        matching = [p for p in values if fnmatch.fnmatchcase(path, p)]
+    for leaf in paths:
+        matching = [path for path in values if fnmatch.fnmatchcase(leaf, path)]
         if not matching:
             raise ValueError(
-                f"no pattern of sparsity matches the leaf '{path}': add one, such as "
+                f"no path of sparsity matches the leaf '{leaf}': add one, such as "
                 "'*' for all that is left"
             )
-        chosen[path] = values[matching[0]]
+        chosen[leaf] = values[matching[0]]
     return chosen
 
 
+@wide
 def erk_densities(
     shapes: list[tuple[int, ...]], density: jax.typing.ArrayLike
 ) -> jax.Array:
@@ -98,7 +98,7 @@ def erk_densities(
 
     with :math:`n_l` weights in layer :math:`l`. Layers for which :math:`\epsilon q_l`
     would be above 1 are dense, those of the highest :math:`q_l` first, until the rest
-    fits. To be called in 64-bit mode.
+    fits.
 
     Args:
         shapes: Shapes of the layers.
@@ -108,8 +108,7 @@ def erk_densities(
         float64 [layers], each in [0, 1].
 
     Example:
-        >>> with jax.enable_x64(True):
-        ...     erk_densities([(2, 2), (8, 8)], 0.5).tolist()
+        >>> erk_densities([(2, 2), (8, 8)], 0.5).tolist()
         [1.0, 0.46875]
 
     References:
@@ -121,8 +120,9 @@ def erk_densities(
     # Candidates: the layers above each of the values of q are dense, and no others.
     bounds = np.unique(q)[::-1]
     dense = q[None, :] > bounds[:, None]
-    left = density * sizes.sum() - (sizes * dense).sum(1)
-    epsilon = left / (q * sizes * ~dense).sum(1)
+    left = jnp.asarray(density).astype(jnp.float64) * sizes.sum()
+    left = left - (sizes[None, :] * dense).sum(1)
+    epsilon = left / ((q * sizes)[None, :] * ~dense).sum(1)
     fits = epsilon * bounds <= 1
     # The first that fits has the highest epsilon. By rounding, none may fit density 1.
     highest = jnp.max(jnp.where(fits, epsilon, 0))

@@ -7,8 +7,9 @@ A pattern turns the one threshold of a leaf into a threshold for each weight; al
 - ``"N:M"``: of every M consecutive weights along the input axis, N are kept. The
   threshold of a group is its (N+1)-th largest magnitude times ``t``, and ``t`` goes
   from 0 to 1, so that weights pass zero without a jump;
-- ``"block"``: a block of weights is kept if its l1 norm is above ``t``, and shrinks by
-  the share ``t / norm``. For blocks of one weight that is no pattern at all.
+- a shape such as ``(4, 8)``: a block of so many weights is kept if its l1 norm is above
+  ``t``, and shrinks by the share ``t / norm``. For blocks of one weight that is no
+  pattern at all.
 
 Source of the continuous N:M projection: Hu, Zhu and Chen, "S-STE: Continuous Pruning
 Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024, arXiv:2409.09099.
@@ -30,7 +31,7 @@ __all__ = [
     "final_sparsity",
     "input_axis",
     "parse_pattern",
-    "weight_thresholds",
+    "spread",
 ]
 
 
@@ -50,48 +51,37 @@ ANY = Pattern("any", ())
 """Zeros may be anywhere."""
 
 
-def parse_pattern(
-    pattern: str | None, block_shape: tuple[int, ...] | None = None
-) -> Pattern:
+def parse_pattern(pattern: str | tuple[int, ...] | None) -> Pattern:
     """Reads a pattern as a user writes it.
 
     Args:
-        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or ``"block"``.
-        block_shape: Shape of a block, for ``"block"``.
+        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or the shape of a block on the
+            last axes of a leaf, such as ``(16, 1)``.
 
     Returns:
         The pattern.
 
     Raises:
-        ValueError: If it is none of these, or a block has no shape.
+        ValueError: If it is none of these.
 
     Example:
-        >>> parse_pattern("2:4")
-        Pattern(kind='groups', numbers=(2, 4))
+        >>> parse_pattern("2:4"), parse_pattern((16, 1))
+        (Pattern(kind='groups', numbers=(2, 4)), Pattern(kind='block', numbers=(16, 1)))
     """
-    if (pattern == "block") != (block_shape is not None):
-        raise ValueError(
-            f"pattern 'block' and block_shape go together, got pattern {pattern!r} and "
-            f"block_shape {block_shape!r}: write pattern='block', block_shape=(16, 1)"
-        )
     if pattern is None:
         return ANY
-    if block_shape is not None:
-        sides = tuple(block_shape) if isinstance(block_shape, tuple | list) else ()
-        if not sides or any(type(side) is not int or side < 1 for side in sides):
-            raise ValueError(
-                "block_shape is one whole number or more, each of 1 or more, such as "
-                f"(16, 1), got {block_shape!r}"
-            )
-        return Pattern("block", sides)
-    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    keep, of = (int(number) for number in found.groups()) if found else (0, 0)
-    if not 0 < keep < of:
-        raise ValueError(
-            "pattern is 'N:M' with 0 < N < M, such as '2:4', or 'block', got "
-            f"{pattern!r}"
-        )
-    return Pattern("groups", (keep, of))
+    if isinstance(pattern, tuple | list):
+        if pattern and all(type(side) is int and side >= 1 for side in pattern):
+            return Pattern("block", tuple(pattern))
+    elif isinstance(pattern, str):
+        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        keep, of = (int(number) for number in found.groups()) if found else (0, 0)
+        if 0 < keep < of:
+            return Pattern("groups", (keep, of))
+    raise ValueError(
+        "pattern is 'N:M' with 0 < N < M, such as '2:4', or the shape of a block, such "
+        f"as (16, 1), got {pattern!r}"
+    )
 
 
 def final_sparsity(pattern: Pattern) -> float | None:
@@ -151,7 +141,7 @@ its input axis of 3 weights does not divide by 4; leave it out with prunable=...
     name = (
         "'{}:{}'".format(*pattern.numbers)
         if pattern.kind == "groups"
-        else f"'block' of {pattern.numbers}"
+        else f"{pattern.numbers}"
     )
     problems = [
         f"'{path}' of shape {jnp.shape(leaf)}: {problem}"
@@ -208,16 +198,14 @@ def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return norms
 
 
-def weight_thresholds(
-    pattern: Pattern, path: str, w: jax.Array, t: jax.Array
-) -> jax.Array:
+def spread(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
     """The threshold on each weight, from the one threshold of its leaf.
 
     Args:
         pattern: The pattern.
-        path: The leaf's path.
-        w: Its weights.
+        w: Weights of one leaf.
         t: Scalar threshold of the leaf; off while not above zero.
+        axis: The leaf's input axis, from :func:`input_axis`.
 
     Returns:
         Array that broadcasts to ``w``, of the dtype of its scores, cut off from
@@ -225,22 +213,24 @@ def weight_thresholds(
 
     Example:
         >>> w = jnp.array([[6.0], [-2.0], [1.0], [1.0]])
-        >>> groups, blocks = parse_pattern("2:4"), parse_pattern("block", (2, 1))
-        >>> weight_thresholds(groups, "kernel", w, jnp.array(1.0)).ravel().tolist()
+        >>> groups, blocks = parse_pattern("2:4"), parse_pattern((2, 1))
+        >>> spread(groups, w, jnp.array(1.0), -2).ravel().tolist()
         [1.0, 1.0, 1.0, 1.0]
-        >>> weight_thresholds(blocks, "kernel", w, jnp.array(4.0)).ravel().tolist()
+        >>> spread(blocks, w, jnp.array(4.0), -2).ravel().tolist()
         [3.0, 1.0, inf, inf]
     """
     if pattern.kind == "any":
         return t
     w, t = jax.lax.stop_gradient((w, t.astype(score_dtype(w.dtype))))
-    spread = _of_groups if pattern.kind == "groups" else _of_blocks
-    return jnp.where(is_positive(t), spread(pattern, path, w, t), t)
+    if pattern.kind == "groups":
+        each = _of_groups(pattern, w, t, axis % w.ndim)
+    else:
+        each = _of_blocks(pattern, w, t)
+    return jnp.where(is_positive(t), each, t)
 
 
-def _of_groups(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.Array:
+def _of_groups(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
     keep, of = pattern.numbers
-    axis = input_axis(path, w.ndim) % w.ndim
     split = _split(to_key(w), axis, of)
     lanes = [jax.lax.index_in_dim(split, i, axis + 1) for i in range(of)]
     bound = from_key(_kth_largest(lanes, keep))
@@ -248,8 +238,7 @@ def _of_groups(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.A
     return _repeat(bound.squeeze(axis + 1), axis, of)
 
 
-def _of_blocks(pattern: Pattern, path: str, w: jax.Array, t: jax.Array) -> jax.Array:
-    del path
+def _of_blocks(pattern: Pattern, w: jax.Array, t: jax.Array) -> jax.Array:
     size, norms = from_key(to_key(w)), block_norms(w, pattern.numbers)
     share = jnp.where(to_key(norms) > to_key(t), t / norms, jnp.inf)
     for axis, side in enumerate(pattern.numbers, start=w.ndim - len(pattern.numbers)):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from st3jax.checks import check_choice, check_fraction, is_concrete
-from st3jax.rule.costs import Costs, check_budget, check_costs, largest_share
-from st3jax.rule.distributions import DISTRIBUTIONS, by_pattern
+from st3jax.checks import as_mapping, check_choice, check_fraction, is_concrete
+from st3jax.rule.costs import Costs, check_costs, largest_share
+from st3jax.rule.distributions import DISTRIBUTIONS, by_path
 from st3jax.rule.patterns import (
     ANY,
     Pattern,
@@ -17,9 +17,9 @@ from st3jax.rule.patterns import (
     parse_pattern,
 )
 from st3jax.rule.scores import CRITERIA
-from st3jax.schedules import Sparsity, at_step
+from st3jax.schedules import LAST_STEP, Sparsity, at_step
 from st3jax.selection.tally import AxisName
-from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
+from st3jax.trees import named_leaves
 
 __all__ = [
     "CLOSE",
@@ -32,8 +32,6 @@ __all__ = [
 
 CLOSE = 1e-6
 """A sparsity so near to that of a pattern is meant to be it."""
-LAST_STEP = 2**31 - 1
-"""Where schedules have come to their end."""
 
 
 class Rule(NamedTuple):
@@ -44,7 +42,6 @@ class Rule(NamedTuple):
         distribution: Over what they are compared, all layers or one.
         costs: What one weight of each leaf counts for; 1 if ``None``.
         pattern: Which weights go together.
-        prunable: Which leaves are prunable.
         axis_name: Axes of ``shard_map`` that the weights are sharded over.
     """
 
@@ -52,7 +49,6 @@ class Rule(NamedTuple):
     distribution: str = "global"
     costs: Costs | None = None
     pattern: Pattern = ANY
-    prunable: Prunable = is_kernel
     axis_name: AxisName = None
 
 
@@ -60,34 +56,31 @@ def make_rule(
     *,
     criterion: str,
     distribution: str,
-    budget: str,
     costs: Costs | None,
-    pattern: str | None,
-    block_shape: tuple[int, ...] | None,
-    prunable: Prunable,
-    axis_name: AxisName,
+    pattern: str | tuple[int, ...] | None,
+    axis_name: AxisName = None,
 ) -> Rule:
     """The rule that the arguments of a method ask for.
 
     Raises:
         ValueError: If an argument is not one of its choices, or two exclude each other.
-        TypeError: If ``prunable`` is not a function or ``costs`` not a mapping.
+        TypeError: If ``costs`` is not a mapping.
     """
     check_choice(criterion, "criterion", CRITERIA)
     check_choice(distribution, "distribution", DISTRIBUTIONS)
-    check_budget(budget, costs)
-    if not callable(prunable):
-        raise TypeError(
-            "prunable is a function of (path, leaf) that says whether to prune the "
-            f"leaf, got {prunable!r}"
-        )
-    parsed = parse_pattern(pattern, block_shape)
-    if costs is not None and distribution != "global":
-        raise ValueError(
-            "budget 'multiply_adds' needs distribution 'global', got "
-            f"{distribution!r}: a layer with a sparsity of its own saves that share of "
-            "its multiply-adds anyway"
-        )
+    parsed = parse_pattern(pattern)
+    if costs is not None:
+        costs = as_mapping(costs)
+        if costs is None:
+            raise TypeError(
+                "costs is a mapping from the path of a leaf to the multiply-adds of "
+                "one of its weights, such as {'Dense_0/kernel': 1}"
+            )
+        if distribution != "global":
+            raise ValueError(
+                f"costs need distribution 'global', got {distribution!r}: a layer with "
+                "a sparsity of its own saves that share of its multiply-adds anyway"
+            )
     if axis_name is not None and (criterion == "l1_sigma" or distribution == "erk"):
         raise ValueError(
             f"criterion {criterion!r} and distribution {distribution!r} depend on the "
@@ -97,9 +90,9 @@ def make_rule(
     if parsed.kind == "groups" and (distribution != "global" or costs is not None):
         raise ValueError(
             f"pattern {pattern!r} says itself how many weights of each layer go: leave "
-            "out distribution and budget"
+            "out distribution and costs"
         )
-    return Rule(criterion, distribution, costs, parsed, prunable, axis_name)
+    return Rule(criterion, distribution, costs, parsed, axis_name)
 
 
 def check_final_sparsity(rule: Rule, sparsity: Any) -> None:
@@ -107,7 +100,7 @@ def check_final_sparsity(rule: Rule, sparsity: Any) -> None:
 
     Args:
         rule: The rule.
-        sparsity: A fraction, or one for each path pattern.
+        sparsity: A fraction, or one for each path.
 
     Raises:
         ValueError: If a fraction is not in [0, 1] or not the one of an N:M pattern.
@@ -121,8 +114,8 @@ def check_final_sparsity(rule: Rule, sparsity: Any) -> None:
     if isinstance(sparsity, Mapping):
         if rule.distribution != "global" or rule.costs or rule.pattern.kind == "groups":
             raise ValueError(
-                "a sparsity for each path pattern is a distribution of its own: leave "
-                "out distribution, budget and an N:M pattern"
+                "a sparsity for each path is a distribution of its own: leave out "
+                "distribution, costs and an N:M pattern"
             )
         for path, one in sparsity.items():
             check_fraction(one, f"sparsity of {path!r}")
@@ -144,7 +137,7 @@ def check_schedules(rule: Rule, sparsity: Sparsity, freeze_step: int | None) -> 
 
     Args:
         rule: The rule.
-        sparsity: A fraction, a schedule, or one of them for each path pattern.
+        sparsity: A fraction, a schedule, or one of them for each path.
         freeze_step: Completed steps at which the mask is fixed, if it is.
 
     Raises:
@@ -154,8 +147,8 @@ def check_schedules(rule: Rule, sparsity: Sparsity, freeze_step: int | None) -> 
     """
     named = sparsity if isinstance(sparsity, Mapping) else {None: sparsity}
     with jax.ensure_compile_time_eval():
-        for pattern, one in named.items():
-            name = "sparsity" if pattern is None else f"sparsity of {pattern!r}"
+        for path, one in named.items():
+            name = "sparsity" if path is None else f"sparsity of {path!r}"
             if callable(one):
                 _check_schedule(one, name, freeze_step)
         final = at_step(sparsity, jnp.array(LAST_STEP))
@@ -176,26 +169,25 @@ def _check_schedule(sparsity: Any, name: str, freeze_step: int | None) -> None:
         )
 
 
-def check_fits(rule: Rule, params: Any, sparsity: Any) -> None:
+def check_fits(rule: Rule, leaves: dict[str, Any], params: Any, sparsity: Any) -> None:
     """Raises unless the rule and the sparsity it ends at can be met by these weights.
 
     Args:
         rule: The rule.
-        params: Pytree of arrays or abstract arrays.
-        sparsity: A fraction, a schedule, or one of them for each path pattern.
+        leaves: The prunable leaves by path, arrays or abstract arrays.
+        params: Pytree of all parameters.
+        sparsity: A fraction, a schedule, or one of them for each path.
 
     Raises:
-        ValueError: If no leaf is prunable, if a pattern or the costs do not fit, if a
-            path matches nothing, or if the prunable leaves cost less than asked for.
-        TypeError: If a prunable leaf is not of a floating-point dtype.
+        ValueError: If a pattern or the costs do not fit, if a path matches nothing, or
+            if the prunable leaves cost less than asked for.
     """
-    leaves = prunable_leaves(params, rule.prunable)
     check_pattern_fits(rule.pattern, leaves)
     if isinstance(sparsity, Mapping):
-        by_pattern(sparsity, list(leaves))
+        by_path(sparsity, list(leaves))
     if rule.costs is None:
         return
-    check_costs(rule.costs, leaves)
+    check_costs(rule.costs, leaves, params)
     most = largest_share(rule.costs, leaves, named_leaves(params), rule.axis_name)
     with jax.ensure_compile_time_eval():
         final = at_step(sparsity, jnp.array(LAST_STEP))

@@ -8,11 +8,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from st3jax.checks import check_choice
 from st3jax.selection.keys import from_key, key_dtype, score_dtype, to_key
 
-__all__ = ["CRITERIA", "scaled", "score_factor", "scores", "weight_threshold"]
+__all__ = ["CRITERIA", "scaled", "score_factor", "scores", "unscaled"]
 
 CRITERIA = ("l1", "l1_sigma")
 
@@ -85,8 +86,8 @@ def scaled(size: jax.Array, factor: float) -> jax.Array:
     return jnp.where(to_key(size) < to_key(least), 0, size) * factor
 
 
-def weight_threshold(t: jax.Array, factor: float) -> jax.Array:
-    """The threshold on weights that cuts exactly where ``t`` cuts scores.
+def unscaled(t: jax.Array, factors: np.ndarray) -> jax.Array:
+    """The thresholds on weights that cut exactly where ``t`` cuts scores.
 
     Division alone rounds, and a weight right at the threshold could fall on the other
     side. The result is the largest number whose product with the factor, as rounded,
@@ -94,20 +95,21 @@ def weight_threshold(t: jax.Array, factor: float) -> jax.Array:
 
     Args:
         t: Scalar threshold on scores, float32 or float64.
-        factor: Positive factor of the leaf, from :func:`score_factor`.
+        factors: Positive factor of each leaf, from :func:`score_factor`: [leaves].
 
     Returns:
-        Scalar of the dtype of ``t``.
+        Thresholds of the dtype of ``t``, [leaves].
 
     Example:
-        >>> weight_threshold(jnp.float32(3.0), 2.0).item()
-        1.5
+        >>> unscaled(jnp.float32(3.0), np.array([1.0, 2.0])).tolist()
+        [3.0, 1.5]
     """
-    if factor == 1.0:
-        return t
+    each = jnp.asarray(factors).astype(t.dtype)[:, None]
+    integer = key_dtype(t.dtype)
     least = to_key(jnp.asarray(jnp.finfo(t.dtype).smallest_normal, t.dtype))
-    nearest = jnp.maximum(to_key(t / factor), least) + jnp.arange(
-        -2, 3, dtype=key_dtype(t.dtype)
+    nearest = jnp.maximum(to_key(t / each), least) + jnp.asarray(
+        [[-2, -1, 0, 1, 2]], integer
     )
-    below = to_key(from_key(nearest) * factor) <= to_key(t)
-    return from_key(jnp.max(nearest, initial=least - 1, where=below))
+    below = to_key(from_key(nearest) * each) <= to_key(t)
+    cut = from_key(jnp.max(nearest, axis=1, initial=least - 1, where=below))
+    return jnp.where(each[:, 0] == 1, t, cut)

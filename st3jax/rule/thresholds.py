@@ -5,103 +5,131 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from st3jax.rule.costs import largest_share
 from st3jax.rule.distributions import layer_sparsities
 from st3jax.rule.patterns import block_norms, final_sparsity
-from st3jax.rule.rule import CLOSE, Rule, check_fits
-from st3jax.rule.scores import scaled, score_factor, scores, weight_threshold
+from st3jax.rule.rule import CLOSE, Rule
+from st3jax.rule.scores import scaled, score_factor, scores, unscaled
 from st3jax.selection.keys import is_positive, score_dtype
 from st3jax.selection.quantile import threshold
-from st3jax.trees import map_prunable, named_leaves, prunable_leaves
+from st3jax.selection.wide import wide
+from st3jax.trees import named_leaves
 
-__all__ = ["OFF", "leaf_thresholds"]
+__all__ = ["OFF", "leaf_thresholds", "select", "select_nothing"]
 
-GLOBAL = Rule()
-"""The smallest magnitudes of all kernels together."""
+Leaves = Mapping[str, Any]
 OFF = -1.0
 """A threshold that nothing is below: nothing is asked of the leaf."""
 
 
-def leaf_thresholds(
-    params: Any, sparsity: Any, rule: Rule = GLOBAL, *, near: Any = None
-) -> Any:
-    """The thresholds on weights (on norms, for blocks) that leave a sparsity.
+def select(
+    rule: Rule, leaves: Leaves, params: Any, sparsity: Any, near: Leaves | None = None
+) -> jax.Array:
+    """What leaves a sparsity: one threshold on scores, or one for each leaf.
 
     Args:
-        params: Pytree of arrays.
-        sparsity: Scalar in [0, 1], or a mapping from path patterns to such scalars.
         rule: Which weights go first.
-        near: Thresholds that these may be close to, such as those a step before; they
-            change the time taken, never the result.
+        leaves: The prunable leaves by path.
+        params: Pytree of all parameters.
+        sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
+        near: Thresholds of leaves that these may be close to, such as those a step
+            before; they change the time taken, never the result.
 
     Returns:
-        Tree with a scalar for each prunable leaf (all of one dtype, float64 if a
-        prunable leaf is float64 and float32 otherwise), -1 where nothing is to go, and
-        ``optax.MaskedNode`` elsewhere. For an N:M pattern the scalar is the share of
-        the groups' own thresholds, from 0 to 1.
+        float64 if a prunable leaf is float64 and float32 otherwise, -1 where nothing is
+        to go. [leaves] if every leaf has a sparsity of its own; otherwise [], the
+        threshold on scores, or for an N:M pattern the share of the groups' own
+        thresholds, from 0 to 1.
+    """
+    if rule.pattern.kind == "groups":
+        return _share(rule, leaves, sparsity)
+    if isinstance(sparsity, Mapping) or rule.distribution != "global":
+        return _of_each(rule, leaves, sparsity, near)
+    return _of_all(rule, leaves, params, sparsity, near)
 
-    Raises:
-        ValueError: If the rule does not fit the params, as :func:`check_fits` says.
-        TypeError: If a prunable leaf is not of a floating-point dtype.
+
+def select_nothing(rule: Rule, leaves: Leaves, sparsity: Any) -> jax.Array:
+    """The same where nothing is to go.
 
     Example:
-        >>> params = {"kernel": jax.numpy.array([[1.0, 2.0, 3.0]])}
-        >>> float(leaf_thresholds(params, 0.5)["kernel"])
+        >>> select_nothing(Rule(), {"kernel": jnp.ones((2, 3))}, 0.0).item()
+        -1.0
+    """
+    own = isinstance(sparsity, Mapping) or rule.distribution != "global"
+    return jnp.full((len(leaves),) if own else (), OFF, _dtype(leaves))
+
+
+def leaf_thresholds(
+    rule: Rule, leaves: Leaves, selected: jax.Array
+) -> dict[str, jax.Array]:
+    """The thresholds on weights (on norms, for blocks), from what was selected.
+
+    Args:
+        rule: Which weights go first.
+        leaves: The prunable leaves by path.
+        selected: The result of :func:`select`.
+
+    Returns:
+        Scalar by path, of the dtype of ``selected``, -1 where nothing is to go.
+
+    Example:
+        >>> leaves = {"kernel": jnp.array([[1.0, 2.0, 3.0]])}
+        >>> t = select(Rule(), leaves, leaves, 0.5)
+        >>> leaf_thresholds(Rule(), leaves, t)["kernel"].item()
         2.0
     """
-    check_fits(rule, params, sparsity)
-    leaves = prunable_leaves(params, rule.prunable)
-    hints = {} if near is None else named_leaves(near)
-    if rule.pattern.kind == "groups":
-        found = _of_groups(rule, leaves, sparsity)
-    elif isinstance(sparsity, Mapping) or rule.distribution != "global":
-        found = _of_each(rule, leaves, sparsity, hints)
-    else:
-        found = _of_all(rule, params, leaves, sparsity, hints)
-    return map_prunable(lambda path, _: found[path], params, rule.prunable)
+    if selected.ndim:
+        return {path: selected[i] for i, path in enumerate(leaves)}
+    factors = _factors(rule, leaves)
+    if rule.pattern.kind == "groups" or all(f == 1 for f in factors.values()):
+        return dict.fromkeys(leaves, selected)
+    each = unscaled(selected, np.array(list(factors.values())))
+    each = jnp.where(selected >= 0, each, selected)
+    return {path: each[i] for i, path in enumerate(leaves)}
 
 
 def _of_all(
-    rule: Rule, params: Any, leaves: dict[str, Any], sparsity: Any, hints: dict
-) -> dict[str, jax.Array]:
+    rule: Rule, leaves: Leaves, params: Any, sparsity: Any, near: Leaves | None
+) -> jax.Array:
     """From one selection over all leaves."""
-    costs = None
-    with jax.enable_x64(True):
-        fraction = jnp.asarray(sparsity, jnp.float64)
-        asked = is_positive(fraction)
-        if rule.costs is not None:
-            costs = {path: int(rule.costs[path]) for path in leaves}
-            every = named_leaves(params)
-            most = largest_share(rule.costs, leaves, every, rule.axis_name)
-            fraction = jnp.where(fraction >= most, 1, fraction / most)
-    factors = {
-        path: score_factor(rule.criterion, w.shape) for path, w in leaves.items()
-    }
-    near = next((t * factors[path] for path, t in hints.items()), None)
+    most, costs = 1.0, None
+    if rule.costs is not None:
+        costs = {path: int(rule.costs[path]) for path in leaves}
+        every = named_leaves(params)
+        most = largest_share(rule.costs, leaves, every, rule.axis_name)
+    fraction, asked = _of_prunable(sparsity, most)
+    factors = _factors(rule, leaves)
+    hints = (t * factors[path] for path, t in (near or {}).items())
     t = threshold(
         {path: _scores(rule, w) for path, w in leaves.items()},
         fraction,
-        near=near,
+        near=next(hints, None),
         costs=costs,
         axis_name=rule.axis_name,
     )
-    return {
-        path: jnp.where(asked, weight_threshold(t, factor), OFF)
-        for path, factor in factors.items()
-    }
+    return jnp.where(asked, t, OFF)
+
+
+@wide
+def _of_prunable(sparsity: Any, most: float) -> tuple[jax.Array, jax.Array]:
+    """The share of what the prunable leaves have, and whether there is one to go."""
+    fraction = jnp.asarray(sparsity).astype(jnp.float64)
+    asked = is_positive(fraction)
+    if most < 1:
+        fraction = jnp.where(fraction >= most, 1, fraction / most)
+    return fraction, asked
 
 
 def _of_each(
-    rule: Rule, leaves: dict[str, Any], sparsity: Any, hints: dict
-) -> dict[str, jax.Array]:
+    rule: Rule, leaves: Leaves, sparsity: Any, near: Leaves | None
+) -> jax.Array:
     """From one selection a leaf, each for its own sparsity."""
     shapes = {path: jnp.shape(w) for path, w in leaves.items()}
-    with jax.enable_x64(True):
-        each = layer_sparsities(rule.distribution, shapes, sparsity)
-        asked = {path: is_positive(s) for path, s in each.items()}
+    each = layer_sparsities(rule.distribution, shapes, sparsity)
     magnitudes = rule._replace(criterion="l1")  # of one leaf, all factors are equal
-    dtype = score_dtype(*(jnp.result_type(w) for w in leaves.values()))
+    dtype = _dtype(leaves)
 
     def of_one(path: str, w: Any) -> jax.Array:
         if not w.size:
@@ -109,29 +137,36 @@ def _of_each(
         t = threshold(
             _scores(magnitudes, w),
             each[path],
-            near=hints.get(path),
+            near=None if near is None else near[path],
             axis_name=rule.axis_name,
         )
-        return jnp.where(asked[path], t.astype(dtype), OFF)
+        return jnp.where(_of_prunable(each[path], 1.0)[1], t.astype(dtype), OFF)
 
-    return {path: of_one(path, w) for path, w in leaves.items()}
+    return jnp.stack([of_one(path, w) for path, w in leaves.items()])
 
 
-def _of_groups(rule: Rule, leaves: dict[str, Any], sparsity: Any) -> dict[str, Any]:
+@wide
+def _share(rule: Rule, leaves: Leaves, sparsity: Any) -> jax.Array:
     """The share of the groups' own thresholds: exactly 1 at the end."""
     final = final_sparsity(rule.pattern) or 1.0
-    dtype = score_dtype(*(jnp.result_type(w) for w in leaves.values()))
-    with jax.enable_x64(True):
-        s = jnp.asarray(sparsity, jnp.float64)
-        share = jnp.where(s >= final - CLOSE, 1, s / final)
-        t = jnp.where(is_positive(s), share, OFF)
-    return dict.fromkeys(leaves, t.astype(dtype))
+    s = jnp.asarray(sparsity).astype(jnp.float64)
+    share = jnp.where(s >= final - CLOSE, 1, s / final)
+    return jnp.where(is_positive(s), share, OFF).astype(_dtype(leaves))
+
+
+def _dtype(leaves: Leaves) -> jnp.dtype:
+    return score_dtype(*(jnp.result_type(w) for w in leaves.values()))
+
+
+def _factors(rule: Rule, leaves: Leaves) -> dict[str, float]:
+    return {path: score_factor(rule.criterion, w.shape) for path, w in leaves.items()}
 
 
 def _scores(rule: Rule, w: jax.Array) -> jax.Array:
     """What is compared: weights, or the norms of blocks, times the leaf's factor."""
     w = jnp.asarray(w)
-    if rule.pattern.kind == "any":
-        return scores(w, rule.criterion)
-    norms = block_norms(w, rule.pattern.numbers)
-    return scaled(norms, score_factor(rule.criterion, w.shape))
+    if rule.pattern.kind == "block":
+        norms = block_norms(w, rule.pattern.numbers)
+        return scaled(norms, score_factor(rule.criterion, w.shape))
+    # Only magnitudes count, so the weights themselves will do.
+    return w if rule.criterion == "l1" else scores(w, rule.criterion)

@@ -9,7 +9,6 @@ The same counts are written in the way that each platform's compiler turns into 
 of the arrays and few kernels; ``experiments/benchmarks/selection_hlo.py`` shows it.
 """
 
-import collections
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from st3jax.selection.keys import key_dtype, score_dtype, to_key
-from st3jax.selection.tally import Tally
+from st3jax.selection.tally import Tally, tied_to, varies
+from st3jax.selection.wide import wide
 
 __all__ = ["neighbours"]
 
@@ -27,6 +27,7 @@ JOINED = 32
 """So many arrays can be joined before a GPU's compiler writes the result to memory."""
 
 
+@wide
 def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
@@ -36,8 +37,6 @@ def neighbours(
     whole: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1`` (0-based) among all leaves.
-
-    To be called in 64-bit mode.
 
     Args:
         leaves: Arrays whose magnitudes count; all float64 or none.
@@ -55,52 +54,55 @@ def neighbours(
     digits = jnp.arange(1, 2**bits_per_read, dtype=integer)
     parts = _parts(tally, joined=platform == "gpu" and whole)
     first = [part[0] for part in parts]
-    tally = Tally(
+    total = Tally(
         tuple(tally.costs[i] for i in first), tuple(tally.axes[i] for i in first)
     )
     count_below = _count_at_once if platform == "gpu" else _count_one_by_one
 
-    def keys(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [_join([to_key(leaves[i]) for i in part]) for part in parts]
-
-    def counts_below(candidates: jax.Array, turn: jax.Array) -> jax.Array:
+    def keys(turn: jax.Array) -> list[jax.Array]:
         # Tied to the turn, or the keys of all leaves would be computed before the loop
-        # and kept: as much memory again as the arrays. One by one: a barrier makes all
-        # that it holds vary over the same mesh axes.
-        held = [lax.optimization_barrier((leaf, turn))[0] for leaf in leaves]
+        # and kept: as much memory again as the arrays.
+        held = tied_to(turn, leaves)
         if platform == "tpu":  # whose compiler moves bit patterns past the barrier
             held = [_chosen(turn >= 0, leaf) for leaf in held]
-        return tally.total([count_below(key, candidates) for key in keys(held)])
+        return [_join([to_key(held[i]) for i in part]) for part in parts]
 
     def find_digit(turn: jax.Array, low: jax.Array) -> jax.Array:
-        shift = ((reads - 1 - turn) * bits_per_read).astype(integer)
+        shift = (reads - 1 - turn) * bits_per_read
+        shift = shift.astype(integer)
         # A digit can reach above the highest bit: such candidates are above all keys.
         fits = digits <= jnp.iinfo(integer).max >> shift
-        candidates = jnp.where(fits, low | (digits << shift), jnp.iinfo(integer).max)
-        below = counts_below(candidates, turn) <= rank
+        shifted = digits << jnp.broadcast_to(shift, digits.shape)
+        candidates = jnp.where(fits, low | shifted, jnp.iinfo(integer).max)
+        counts = [count_below(key, candidates) for key in keys(turn)]
+        below = total.total(counts) <= rank
         return low | (jnp.sum(below & fits).astype(integer) << shift)
 
-    # The first digit outside the loop: what the loop carries then varies over the same
-    # mesh axes as the keys from its first turn on.
-    low = find_digit(jnp.zeros([], jnp.int32), jnp.zeros([], integer))
-    low = lax.fori_loop(1, reads, find_digit, low)
+    start = _varying_as_counts(jnp.zeros([], integer), leaves, tally)
+    low = lax.fori_loop(0, reads, find_digit, start)
     top = jnp.iinfo(integer).max
-    found = keys([lax.optimization_barrier((leaf, low))[0] for leaf in leaves])
-    high = tally.least([jnp.min(key, initial=top, where=key > low) for key in found])
-    up_to = tally.total([_count_one_by_one(key, [low + 1]) for key in found])
+    found = keys(low)
+    high = total.least([_least_above(key, low) for key in found])
+    up_to = total.total([_count_one_by_one(key, [low + 1]) for key in found])
     return low, jnp.where((up_to[0] > rank + 1) | (high == top), low, high)
+
+
+def _varying_as_counts(
+    x: jax.Array, leaves: list[jax.Array], tally: Tally
+) -> jax.Array:
+    """A number typed to vary over the mesh axes that sums of counts vary over."""
+    pairs = zip(leaves, tally.axes, strict=True)
+    axes = frozenset().union(*(varies(leaf) - set(own) for leaf, own in pairs))
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def _parts(tally: Tally, *, joined: bool) -> list[list[int]]:
     """Which leaves are counted together: alike in cost and axes, or each by itself."""
     if not joined:
         return [[i] for i in range(len(tally.costs))]
-    alike = collections.defaultdict(list)
-    for i, kind in enumerate(zip(tally.costs, tally.axes, strict=True)):
-        alike[kind].append(i)
     return [
         group[first : first + JOINED]
-        for group in alike.values()
+        for group in tally.kinds().values()
         for first in range(0, len(group), JOINED)
     ]
 
@@ -118,7 +120,10 @@ def _enough(key: jax.Array) -> jnp.dtype:
 
 def _count_one_by_one(key: jax.Array, candidates: Any) -> list[jax.Array]:
     """How many elements lie below each candidate."""
-    return [jnp.sum(key < candidate, dtype=_enough(key)) for candidate in candidates]
+    return [
+        jnp.sum(key < candidate, dtype=_enough(key)).astype(jnp.int64)
+        for candidate in candidates
+    ]
 
 
 def _count_at_once(key: jax.Array, candidates: Any) -> list[jax.Array]:
@@ -129,7 +134,13 @@ def _count_at_once(key: jax.Array, candidates: Any) -> list[jax.Array]:
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
         return [x + y for x, y in zip(a, b, strict=True)]
 
-    return lax.reduce(below, none, add, tuple(range(key.ndim)))
+    counts = lax.reduce(below, none, add, tuple(range(key.ndim)))
+    return [count.astype(jnp.int64) for count in counts]
+
+
+def _least_above(key: jax.Array, low: jax.Array) -> jax.Array:
+    """The least element above a bound, the dtype's largest number if there is none."""
+    return jnp.min(key, initial=jnp.iinfo(key.dtype).max, where=key > low)
 
 
 def _chosen(always: jax.Array, leaf: jax.Array) -> jax.Array:

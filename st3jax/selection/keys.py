@@ -7,11 +7,21 @@ processors when compared as floats), negative zero (the same key as positive zer
 NaN (one key, above infinity).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["from_key", "is_positive", "key_dtype", "score_dtype", "to_key"]
+__all__ = [
+    "from_key",
+    "is_positive",
+    "joined_keys",
+    "key_dtype",
+    "score_dtype",
+    "to_key",
+    "widened",
+]
 
 
 def score_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -64,6 +74,25 @@ def to_key(x: jax.typing.ArrayLike) -> jax.Array:
     bits = _bits(jnp.asarray(x))
     infinity = _infinity(bits.dtype)
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
+
+
+def joined_keys(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The keys of all elements of some arrays, one after the other.
+
+    Args:
+        arrays: Of any shapes; all float64 or none.
+
+    Returns:
+        int64 [n] for float64 arrays, int32 [n] otherwise.
+
+    Example:
+        >>> joined_keys([jnp.zeros((1, 2)), jnp.zeros(1, jnp.bfloat16)]).tolist()
+        [0, 0, 0]
+    """
+    flat = [x.reshape(-1) for x in arrays]
+    if len({x.dtype for x in flat}) == 1:  # one conversion to compile
+        return to_key(jnp.concatenate(flat))
+    return jnp.concatenate([to_key(x) for x in flat])
 
 
 def _bits(x: jax.Array) -> jax.Array:

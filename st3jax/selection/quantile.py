@@ -22,13 +22,16 @@ from jax import lax
 
 from st3jax.checks import check_cost, check_fraction
 from st3jax.selection import bit_search, digit_search
-from st3jax.selection.keys import from_key, score_dtype, to_key, widened
+from st3jax.selection.keys import from_key, joined_keys, score_dtype, to_key, widened
 from st3jax.selection.tally import AxisName, Tally, sharded_over
+from st3jax.selection.wide import wide
 
 __all__ = ["threshold"]
 
 FEW = 1 << 17
 """Up to so many scores, the simple search is as fast as any."""
+JOIN = 1 << 20
+"""So many scores, or a sixteenth of all, can be copied for little."""
 MARGIN = 1 << 16
 """How far a threshold is taken to move between two steps, in keys: about 0.5 %."""
 MOST = 1 << 53
@@ -111,14 +114,19 @@ def threshold(
         )
     if dtype == jnp.float64:
         leaves = [widened(leaf) for leaf in leaves]
-    near = jnp.asarray(-1 if near is None else near, dtype)
-    with jax.enable_x64(True):
-        fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
-        position = fraction * (size - 1)
-        rank = jnp.floor(position)
-        low, high = _neighbours(leaves, rank.astype(jnp.int64), near, tally)
-        gap = (position - rank).astype(dtype)
-    return _interpolate(low, high, gap)
+    near = jnp.asarray(-1 if near is None else near).astype(dtype)
+    rank, gap = _position(fraction, size)
+    low, high = _neighbours(leaves, rank, near, tally)
+    return _interpolate(low, high, gap.astype(dtype))
+
+
+@wide
+def _position(fraction: jax.typing.ArrayLike, size: int) -> tuple[jax.Array, jax.Array]:
+    """The rank below the position of a fraction, and how far the position is above."""
+    fraction = jnp.clip(jnp.asarray(fraction).astype(jnp.float64), 0, 1)
+    position = fraction * (size - 1)
+    rank = jnp.floor(position)
+    return rank.astype(jnp.int64), position - rank
 
 
 def _leaves_and_costs(
@@ -141,6 +149,9 @@ def _neighbours(
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
     whole = _are_whole()
+    few = sum(leaf.size for leaf in leaves) <= FEW
+    if whole:
+        leaves, tally = _joined(leaves, tally)
 
     def by_bits(platform: str) -> Callable[..., Any]:
         def found(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
@@ -153,17 +164,36 @@ def _neighbours(
     def by_digits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
         return digit_search.neighbours(leaves, rank, near, tally, margin=MARGIN)
 
-    few = sum(leaf.size for leaf in leaves) <= FEW
     digits_fit = whole and not few and near.dtype == jnp.float32
+    on_gpu = by_bits("gpu")
     return lax.platform_dependent(
         leaves,
         rank,
         near,
         cpu=by_digits if digits_fit else by_bits("cpu"),
-        cuda=by_bits("gpu"),
-        rocm=by_bits("gpu"),
+        cuda=on_gpu,
+        rocm=on_gpu,
         default=by_bits("tpu"),
     )
+
+
+def _joined(leaves: list[jax.Array], tally: Tally) -> tuple[list[jax.Array], Tally]:
+    """The small leaves of each kind as one array, so that programs stay short."""
+    size = sum(leaf.size for leaf in leaves)
+    room = max(JOIN, size // 16)
+    small = set()
+    for i in sorted(range(len(leaves)), key=lambda i: leaves[i].size):
+        room -= leaves[i].size
+        if room >= 0:
+            small.add(i)
+    arrays, kinds = [], []
+    for kind, alike in tally.kinds().items():
+        parts = [leaves[i] for i in alike if i in small]
+        joined = [from_key(joined_keys(parts))] if len(parts) > 1 else parts
+        own = joined + [leaves[i] for i in alike if i not in small]
+        arrays += own
+        kinds += [kind] * len(own)
+    return arrays, Tally(*(tuple(part) for part in zip(*kinds, strict=True)))
 
 
 def _are_whole() -> bool:

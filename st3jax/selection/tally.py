@@ -5,52 +5,60 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-__all__ = ["AxisName", "Tally", "sharded_over"]
+from st3jax.selection.wide import wide
+
+__all__ = ["AxisName", "Tally", "sharded_over", "tied_to", "varies"]
 
 AxisName = str | tuple[str, ...] | None
 
 
 class Tally(NamedTuple):
-    """What one element of each leaf counts for, and which devices share the leaf.
+    """What one element of each array counts for, and which devices share the array.
 
     Attributes:
-        costs: Positive integer for each leaf, 1 where every element counts the same.
-        axes: For each leaf, the mesh axes of ``shard_map`` that it is sharded over.
+        costs: Positive integer for each array, 1 where every element counts the same.
+        axes: For each array, the mesh axes of ``shard_map`` that it is sharded over.
     """
 
     costs: tuple[int, ...]
     axes: tuple[tuple[str, ...], ...]
 
-    def size(self, leaves: list[jax.Array]) -> int:
-        """What all elements of all leaves on all devices count for together."""
-        parts = zip(leaves, self.costs, self.axes, strict=True)
+    def kinds(self) -> dict[tuple[int, tuple[str, ...]], list[int]]:
+        """The arrays that can be counted as one: alike in cost and axes."""
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for i, kind in enumerate(zip(self.costs, self.axes, strict=True)):
+            alike.setdefault(kind, []).append(i)
+        return alike
+
+    def size(self, arrays: list[jax.Array]) -> int:
+        """What all elements of all arrays on all devices count for together."""
+        parts = zip(arrays, self.costs, self.axes, strict=True)
         return sum(
-            leaf.size * cost * math.prod(map(lax.axis_size, axes))
-            for leaf, cost, axes in parts
+            array.size * cost * math.prod(map(lax.axis_size, axes))
+            for array, cost, axes in parts
         )
 
+    @wide
     def total(self, counts: list[list[jax.Array]]) -> jax.Array:
-        """The sums of integer counts, a list of scalars for each leaf: int64 [K].
-
-        To be called in 64-bit mode.
-        """
+        """The sums of integer counts, a list of scalars for each array: int64 [K]."""
         masses = {axes: self._mass(counts, axes) for axes in sorted(set(self.axes))}
         sums = [lax.psum(m, axes) if axes else m for axes, m in masses.items()]
         return sum(sums[1:], sums[0])
 
     def _mass(self, counts: list[list[jax.Array]], axes: tuple[str, ...]) -> jax.Array:
-        """The counts of the leaves on these axes, times costs, on this device."""
+        """The counts of the arrays on these axes, times costs, on this device."""
         chosen = [i for i, own in enumerate(self.axes) if own == axes]
-        # One stack of all scalars: one small kernel instead of one for each leaf.
+        # One stack of all scalars: one small kernel instead of one for each array.
         stacked = jnp.stack([count for i in chosen for count in counts[i]])
-        by_leaf = stacked.reshape(len(chosen), -1).astype(jnp.int64)
-        costs = jnp.array([self.costs[i] for i in chosen], jnp.int64)
-        return (by_leaf * costs[:, None]).sum(0)
+        by_array = stacked.astype(jnp.int64).reshape(len(chosen), -1)
+        costs = np.array([[self.costs[i]] for i in chosen], np.int64)
+        return jnp.sum(by_array * jnp.broadcast_to(costs, by_array.shape), axis=0)
 
     def least(self, values: list[jax.Array]) -> jax.Array:
-        """The least of scalars, one a leaf and device."""
+        """The least of scalars, one an array and device."""
         least = [
             lax.pmin(value, axes) if axes else value
             for value, axes in zip(values, self.axes, strict=True)
@@ -67,10 +75,26 @@ def sharded_over(leaf: jax.Array, axis_name: AxisName) -> tuple[str, ...]:
     if axis_name is None:
         return ()
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    tracked = [name for name in names if name in _varies(lax.axis_index(name))]
-    return tuple(n for n in names if n not in tracked or n in _varies(leaf))
+    tracked = [name for name in names if name in varies(lax.axis_index(name))]
+    return tuple(n for n in names if n not in tracked or n in varies(leaf))
 
 
-def _varies(x: jax.Array) -> frozenset[str]:
+def varies(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which a value may differ, as far as they are tracked."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def tied_to(turn: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+    """The arrays, to be read anew in each turn of a loop.
+
+    What is computed from them alone would otherwise be computed before the loop.
+    """
+    alike: dict[frozenset[str], list[int]] = {}
+    for i, x in enumerate(arrays):  # a barrier makes all that it holds vary alike
+        alike.setdefault(varies(x), []).append(i)
+    held = list(arrays)
+    for places in alike.values():
+        tied, _ = lax.optimization_barrier(([arrays[i] for i in places], turn))
+        for i, x in zip(places, tied, strict=True):
+            held[i] = x
+    return held

@@ -4,7 +4,6 @@ Source: Zhou, Zhang, Xu and Zhang, "Effective Sparsification of Neural Networks 
 Global Sparsity Constraint", CVPR 2021, arXiv:2105.01571.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,28 +12,31 @@ import optax
 
 from st3jax import ops
 from st3jax.checks import (
+    as_mapping,
     check_choice,
-    check_optimizer,
     check_positive,
     check_steps,
     is_concrete,
 )
 from st3jax.engine.seeds import key_of, seed_of
-from st3jax.engine.updates import hold_mask, pin, step_onto
+from st3jax.engine.step import first_count, sparse_transform
+from st3jax.engine.updates import hold_mask, step_onto
 from st3jax.methods.probmask.projection import project
 from st3jax.methods.probmask.relaxed_mask import relaxed_mask, relaxed_slope
-from st3jax.rule.rule import Rule, check_fits, check_schedules
-from st3jax.rule.thresholds import leaf_thresholds
+from st3jax.rule.rule import Rule, check_schedules
+from st3jax.rule.thresholds import leaf_thresholds, select
 from st3jax.schedules import at_step
 from st3jax.selection.keys import score_dtype, to_key
+from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,
     check_same_structure,
     is_kernel,
     is_masked,
-    map_prunable,
+    map_named,
     map_where_prunable,
     named_leaves,
+    per_leaf_tree,
 )
 
 __all__ = ["DRAWS", "ProbMaskState", "probmask"]
@@ -68,14 +70,19 @@ class ProbMaskState(NamedTuple):
     probability_state: optax.OptState
     inner_state: optax.OptState
 
+    @property
+    def per_leaf(self) -> Any:
+        """The tree that says which leaves are prunable."""
+        return self.probabilities
+
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`."""
         check_same_structure(self.probabilities, params)
 
-        def seen(path: str, m: jax.Array, w: jax.Array) -> jax.Array:
+        def seen(m: jax.Array, w: jax.Array) -> jax.Array:
             raw = jax.lax.stop_gradient(w)
             masked = jnp.where(self.frozen, raw, _times(m, raw))
-            return _straight_through(ops.hold_zeros(w, self.frozen), masked)
+            return ops.straight_through(w, masked)
 
         return map_where_prunable(seen, _draw_masks(self), params)
 
@@ -198,40 +205,31 @@ def probmask(
     """
     if probability_optimizer is None:
         probability_optimizer = optax.adam(6e-3)
-    rule = Rule(prunable=prunable)
-    _check_arguments(inner, probability_optimizer, clip_norm, draw, prunable)
+    _check_arguments(probability_optimizer, clip_norm, draw)
     seed = seed_of(key)
-    _check_schedules(rule, sparsity, freeze_step, temperature)
-    inner = optax.with_extra_args_support(inner)
+    _check_schedules(sparsity, freeze_step, temperature)
 
     def temperature_at(count: jax.Array) -> jax.Array:
         if temperature is not None:
-            return jnp.asarray(at_step(temperature, count), jnp.float32)
+            return at_step(temperature, count).astype(jnp.float32)
         passed = jnp.minimum(count.astype(jnp.float32) / freeze_step, 1)
         return 1 / (0.97 * (1 - passed) + 0.03)
 
-    def init_probabilities(params: optax.Params) -> Any:
-        if type(params).__name__ == "_ParamsPlaceholder":  # of optax.tree.map_params
-            return params
-        check_fits(rule, params, sparsity)
-        return jax.tree.map(  # in the boxes of the weights, and sharded like them
+    def init(leaves: dict[str, Any], params: optax.Params) -> ProbMaskState:
+        probabilities = jax.tree.map(  # in the boxes of the weights, sharded like them
             lambda mark, part: mark if is_masked(mark) else jax.tree.map(_ones, part),
-            map_prunable(lambda *_: True, params, prunable),
+            per_leaf_tree(params, dict.fromkeys(leaves, True)),
             params,
             is_leaf=is_masked,
         )
-
-    def init_fn(params: optax.Params) -> ProbMaskState:
-        probabilities = init_probabilities(params)
-        count = jnp.zeros([], jnp.int32)
         return ProbMaskState(
-            count=count,
+            count=first_count(),
             probabilities=probabilities,
-            temperature=temperature_at(count),
+            temperature=temperature_at(first_count()),
             seed=jnp.array(seed),  # a copy, as states are donated
             frozen=jnp.zeros([], bool),
             probability_state=probability_optimizer.init(probabilities),
-            inner_state=inner.init(params),
+            inner_state=None,
         )
 
     def clipped(grads: Any) -> Any:
@@ -241,76 +239,64 @@ def probmask(
         """The gradient of the weights, and the probabilities after the step."""
         masks = _draw_masks(state)
         slopes = map_where_prunable(
-            lambda path, m, g, w, p: (
-                relaxed_slope(m, p, state.temperature) * _product(g, w)
-            ),
+            lambda m, g, w, p: relaxed_slope(m, p, state.temperature) * _product(g, w),
             masks,
             _where_prunable(masks, grads),
             params,
             state.probabilities,
         )
-        grads = map_where_prunable(lambda path, m, g: _times(m, g), masks, grads)
+        grads = map_where_prunable(_times, masks, grads)
         grads, slopes = clipped((grads, slopes))
         moves, probability_state = probability_optimizer.update(
             slopes, state.probability_state, state.probabilities
         )
         moved = optax.apply_updates(state.probabilities, moves)
-        with jax.enable_x64(True):  # s(c) in float64, as exact as its count
-            count = optax.safe_increment(state.count).astype(jnp.int64)
-            s = jnp.asarray(at_step(sparsity, count), jnp.float64)
-            budget = sum(p.size for p in jax.tree.leaves(moved)) * (1 - s)
+        total = sum(p.size for p in jax.tree.leaves(moved))
+        budget = _budget(total, at_step(sparsity, optax.safe_increment(state.count)))
         return grads, project(moved, budget), probability_state
+
+    def gradients(
+        state: ProbMaskState, grads: Any, params: Any
+    ) -> tuple[Any, ProbMaskState]:
+        """That of the weights through their masks; the probabilities learn, too."""
+
+        def fixed() -> tuple[Any, Any, Any]:
+            kept = map_where_prunable(_of_nonzero, state.probabilities, grads, params)
+            return clipped(kept), state.probabilities, state.probability_state
+
+        reaching, probabilities, probability_state = jax.lax.cond(
+            state.frozen, fixed, lambda: learn(state, grads, params)
+        )
+        state = state._replace(
+            probabilities=probabilities, probability_state=probability_state
+        )
+        return reaching, state
 
     def choose(state: ProbMaskState) -> Any:
         """Which weights the fixed mask keeps."""
         if draw == "bernoulli":  # m > 1/2 has the probability p at any temperature
             return jax.tree.map(lambda m: m > 0.5, _draw_masks(state))
-        with jax.enable_x64(True):
-            s = jnp.asarray(at_step(sparsity, state.count.astype(jnp.int64)))
-        everything = Rule(prunable=lambda *_: True)
-        thresholds = leaf_thresholds(state.probabilities, s, everything)
-        return map_where_prunable(
-            lambda path, t, p: (t < 0) | (to_key(p) > to_key(t)) | (p >= 1),
-            thresholds,
+        leaves = named_leaves(state.probabilities)
+        s = at_step(sparsity, state.count)
+        selected = select(Rule(), leaves, state.probabilities, s)
+        t = next(iter(leaf_thresholds(Rule(), leaves, selected).values()))
+        return jax.tree.map(
+            lambda p: (t < 0) | (to_key(p) > to_key(t)) | (p >= 1),
             state.probabilities,
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ProbMaskState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+    def land(
+        state: ProbMaskState, updates: Any, params: Any, _: Any
     ) -> tuple[optax.Updates, ProbMaskState]:
-        if params is None:
-            raise ValueError(
-                "probabilities learn from the weights, so update needs them: call "
-                "tx.update(grads, opt_state, params)"
-            )
-        check_same_structure(state.probabilities, params)
-        grads, probabilities, probability_state = jax.lax.cond(
-            state.frozen,
-            lambda: (clipped(updates), state.probabilities, state.probability_state),
-            lambda: learn(state, updates, params),
-        )
-        updates, inner_state = inner.update(
-            grads, state.inner_state, params, **extra_args
-        )
         updates = map_where_prunable(
-            lambda path, p, u, w: hold_mask(w, pin(u, state.count), state.frozen),
-            probabilities,
+            lambda _, u, w: hold_mask(w, u, state.frozen),
+            state.probabilities,
             updates,
             params,
         )
-        count = optax.safe_increment(state.count)
-        fix = count == freeze_step
-        state = ProbMaskState(
-            count=count,
-            probabilities=probabilities,
-            temperature=temperature_at(count),
-            seed=state.seed,
-            frozen=state.frozen | fix,
-            probability_state=probability_state,
-            inner_state=inner_state,
+        fix = state.count == freeze_step
+        state = state._replace(
+            temperature=temperature_at(state.count), frozen=state.frozen | fix
         )
         updates = jax.lax.cond(
             fix,
@@ -319,17 +305,18 @@ def probmask(
         )
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return sparse_transform(inner, init, land, gradients=gradients, prunable=prunable)
 
 
-@jax.custom_vjp
-def _straight_through(w: jax.Array, seen: jax.Array) -> jax.Array:
-    """What is seen, with the gradient of the weights themselves."""
-    del w
-    return seen
+@wide
+def _budget(total: int, sparsity: jax.Array) -> jax.Array:
+    """What all probabilities may add up to."""
+    return total * (1 - sparsity)
 
 
-_straight_through.defvjp(lambda w, seen: (seen, None), lambda _, g: (g, None))
+def _of_nonzero(_: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
+    """The gradient of weights that a fixed mask keeps."""
+    return jnp.where(to_key(w) != 0, g, jnp.zeros_like(g))
 
 
 def _draw_masks(state: ProbMaskState) -> Any:
@@ -342,7 +329,7 @@ def _draw_masks(state: ProbMaskState) -> Any:
         u1 = jax.random.uniform(second, p.shape, jnp.float32)
         return relaxed_mask(p, u0, u1, state.temperature)
 
-    return map_where_prunable(draw, state.probabilities, state.probabilities)
+    return map_named(draw, state.probabilities, state.probabilities)
 
 
 def _product(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -351,8 +338,8 @@ def _product(g: jax.Array, w: jax.Array) -> jax.Array:
 
 def _times(m: jax.Array, x: jax.Array) -> jax.Array:
     """A mask times weights or gradients, exactly these where the mask is 1."""
-    wide = score_dtype(x.dtype)
-    return jnp.where(m == 1, x, (m.astype(wide) * x.astype(wide)).astype(x.dtype))
+    dtype = score_dtype(x.dtype)
+    return jnp.where(m == 1, x, (m.astype(dtype) * x.astype(dtype)).astype(x.dtype))
 
 
 def _ones(w: jax.Array) -> jax.Array:
@@ -368,30 +355,23 @@ def _where_prunable(masks: Any, tree: Any) -> Any:
 
 def _clip(grads: Any, clip_norm: Any) -> Any:
     """All gradients, scaled down together to a norm if theirs is larger."""
-    wide = [x.astype(score_dtype(x.dtype)) for x in jax.tree.leaves(grads)]
-    squares = [jnp.sum(x * x) for x in wide]
+    arrays = [x.astype(score_dtype(x.dtype)) for x in jax.tree.leaves(grads)]
+    squares = [jnp.sum(x * x) for x in arrays]
     norm = jnp.sqrt(sum(squares[1:], squares[0]))
     factor = clip_norm / jnp.maximum(norm, clip_norm)
     return jax.tree.map(lambda x: _times(factor, x), grads)
 
 
-def _onto_mask(path: str, keep: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
+def _onto_mask(keep: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
     """The update that lands on zero exactly where the mask does not keep a weight."""
-    stepped = (w + u).astype(w.dtype)
+    stepped = optax.apply_updates(w, u)
     least = jnp.copysign(ops.smallest_kept(w.dtype), stepped).astype(w.dtype)
     alive = jnp.where(to_key(stepped) == 0, least, stepped)
     return step_onto(w, jnp.where(keep, alive, jnp.zeros_like(w)), u.dtype)
 
 
-def _check_arguments(
-    inner: Any,
-    probability_optimizer: Any,
-    clip_norm: Any,
-    draw: str,
-    prunable: Any,
-) -> None:
+def _check_arguments(probability_optimizer: Any, clip_norm: Any, draw: str) -> None:
     """Raises early, before anything is compiled, for what can be known early."""
-    check_optimizer(inner)
     if not isinstance(probability_optimizer, optax.GradientTransformation):
         raise TypeError(
             "probability_optimizer is an optimizer, as optax.adam(6e-3), got "
@@ -400,25 +380,19 @@ def _check_arguments(
     if clip_norm is not None and is_concrete(clip_norm):
         check_positive(clip_norm, "clip_norm")
     check_choice(draw, "draw", DRAWS)
-    if not callable(prunable):
-        raise TypeError(
-            "prunable is a function of (path, leaf) that says whether to prune the "
-            f"leaf, got {prunable!r}"
-        )
 
 
-def _check_schedules(
-    rule: Rule, sparsity: Any, freeze_step: int, temperature: Any
-) -> None:
+def _check_schedules(sparsity: Any, freeze_step: int, temperature: Any) -> None:
     """Raises if a schedule is out of range, or leaves no step to learn."""
-    if isinstance(sparsity, Mapping):
+    paths = as_mapping(sparsity)
+    if paths is not None:
         raise TypeError(
             "probmask shares one budget among all layers, so sparsity is a number or "
-            f"a schedule, got a mapping of {len(sparsity)} paths: to leave a layer "
-            "dense, use prunable=..."
+            f"a schedule, got a mapping of {len(paths)} paths: to leave a layer dense, "
+            "use prunable=..."
         )
     check_steps(freeze_step, "freeze_step", 2)
-    check_schedules(rule, sparsity, freeze_step)
+    check_schedules(Rule(), sparsity, freeze_step)
     if not is_concrete(freeze_step):
         return
     with jax.ensure_compile_time_eval():
@@ -428,7 +402,8 @@ def _check_schedules(
         for step, value in ((c, at_step(t, jnp.array(c))) for c, t in hot.items()):
             if is_concrete(value):
                 check_positive(value, f"temperature at step {step}")
-        late = is_concrete(final) and is_concrete(before) and before <= 0 < final
+        known = is_concrete(final) and is_concrete(before)
+        late = known and float(before) <= 0 < float(final)
     if late:
         raise ValueError(
             f"freeze_step {freeze_step} leaves no step to learn probabilities in: the "

@@ -5,6 +5,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from st3jax.selection.wide import wide
+
 __all__ = ["project"]
 
 TOLERANCE = 1e-7
@@ -16,6 +18,7 @@ Search: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """Bounds around a shift, the excess there, and how many halvings are left."""
 
 
+@wide
 def project(probabilities: Any, budget: jax.typing.ArrayLike) -> Any:
     r"""The nearest probabilities whose sum is within a budget.
 
@@ -45,31 +48,30 @@ def project(probabilities: Any, budget: jax.typing.ArrayLike) -> Any:
     """
     leaves = jax.tree.leaves(probabilities)
     n = sum(p.size for p in leaves)
-    with jax.enable_x64(True):
-        budget = jnp.asarray(budget).astype(jnp.float64)
+    budget = jnp.asarray(budget).astype(jnp.float64)
 
-        def excess(v: jax.Array) -> jax.Array:
-            kept = [jnp.clip(p.astype(jnp.float64) - v, 0, 1).sum() for p in leaves]
-            return sum(kept[1:], kept[0]) - budget
+    def excess(v: jax.Array) -> jax.Array:
+        kept = [jnp.clip(p.astype(jnp.float64) - v, 0, 1).sum() for p in leaves]
+        return sum(kept[1:], kept[0]) - budget
 
-        def is_off(search: Search) -> jax.Array:
-            *_, off, left = search
-            return (jnp.abs(off) > 0.5 * TOLERANCE * n) & (left > 0)
+    def is_off(search: Search) -> jax.Array:
+        *_, off, left = search
+        return (jnp.abs(off) > 0.5 * TOLERANCE * n) & (left > 0)
 
-        def halve(search: Search) -> Search:
-            low, v, high, off, left = search
-            low, high = jnp.where(off > 0, v, low), jnp.where(off > 0, high, v)
-            v = low + (high - low) / 2
-            return low, v, high, excess(v), left - 1
+    def halve(search: Search) -> Search:
+        low, v, high, off, left = search
+        low, high = jnp.where(off > 0, v, low), jnp.where(off > 0, high, v)
+        v = low + (high - low) / 2
+        return low, v, high, excess(v), left - 1
 
-        most = [jnp.max(p, initial=0).astype(jnp.float64) for p in leaves]
-        high = jnp.max(jnp.stack(most))
-        none = jnp.zeros_like(high)
-        off = excess(none)
-        off = jnp.where(off <= TOLERANCE * n, 0, off)
-        left = jnp.full([], HALVINGS, jnp.int32)
-        v = jax.lax.while_loop(is_off, halve, (none, none, high, off, left))[1]
-        return jax.tree.map(
-            lambda p: jnp.clip(p.astype(jnp.float64) - v, 0, 1).astype(p.dtype),
-            probabilities,
-        )
+    most = [jnp.max(p, initial=0).astype(jnp.float64) for p in leaves]
+    high = jnp.max(jnp.stack(most))
+    none = jnp.zeros_like(high)
+    off = excess(none)
+    off = jnp.where(off <= TOLERANCE * n, 0, off)
+    left = jnp.full([], HALVINGS, jnp.int32)
+    v = jax.lax.while_loop(is_off, halve, (none, none, high, off, left))[1]
+    return jax.tree.map(
+        lambda p: jnp.clip(p.astype(jnp.float64) - v, 0, 1).astype(p.dtype),
+        probabilities,
+    )

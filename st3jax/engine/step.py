@@ -1,0 +1,131 @@
+"""A step: what every method does around the optimizer that it wraps.
+
+A method says what is its own: its state, the gradients that its optimizer sees, and
+what becomes of the updates. The order of things is here, once: checks at the doors, the
+inner update, its rounding, the count.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from st3jax.base import SparseState
+from st3jax.checks import check_optimizer, check_predicate
+from st3jax.engine.updates import pin
+from st3jax.trees import (
+    Prunable,
+    check_same_structure,
+    is_placeholder,
+    map_where_prunable,
+    prunable_leaves,
+)
+
+__all__ = ["State", "first_count", "sparse_transform"]
+
+
+class State(SparseState, Protocol):
+    """What a step has to know of a method's state, a ``NamedTuple``.
+
+    Attributes:
+        count: int32 [], completed steps.
+        inner_state: State of the wrapped optimizer.
+    """
+
+    count: Any
+
+    @property
+    def per_leaf(self) -> Any:
+        """The tree that says which leaves are prunable: a value where one is."""
+        ...
+
+    def _replace(self, **fields: Any) -> Any: ...
+
+
+def first_count() -> jax.Array:
+    """The number of completed steps before the first."""
+    return jnp.zeros([], jnp.int32)
+
+
+def sparse_transform(
+    inner: optax.GradientTransformation,
+    init: Callable[[dict[str, Any], optax.Params], Any],
+    land: Callable[..., tuple[optax.Updates, Any]],
+    *,
+    check: Callable[[dict[str, Any], optax.Params], None] | None = None,
+    gradients: Callable[[Any, Any, Any], Any] | None = None,
+    seen: Callable[[Any, Any], Any] | None = None,
+    prunable: Prunable,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of a method, made of what is its own.
+
+    Args:
+        inner: The optimizer to wrap.
+        init: From (prunable leaves by path, params) to the method's state, with
+            ``inner_state`` left ``None``.
+        land: From (state, updates, params, gradients) after the inner update, with the
+            step counted, to the updates that the user adds and the state to keep.
+            The gradients are those that ``update`` was given.
+        check: Raises if the method does not fit these (prunable leaves, params).
+        gradients: From (state, gradients, params) to those that ``inner`` sees, and
+            the state after it; all of them if ``None``.
+        seen: From (state, params) to the params that ``inner`` sees.
+        prunable: Predicate on (path, leaf): which leaves are prunable is decided in
+            ``init``, and read from the state's ``per_leaf`` ever after.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+        TypeError: If ``inner`` is not an optimizer or ``prunable`` not a function.
+    """
+    check_optimizer(inner)
+    check_predicate(prunable)
+    inner = optax.with_extra_args_support(inner)
+
+    # Compiled as one where the caller compiles nothing, and kept for the next call.
+    seen_gradients = gradients and jax.jit(gradients)
+
+    @jax.jit
+    def after(
+        state: Any, inner_state: Any, updates: Any, params: Any, given: Any
+    ) -> tuple[optax.Updates, Any]:
+        updates = map_where_prunable(
+            lambda _, u: pin(u, state.count), state.per_leaf, updates
+        )
+        count = optax.safe_increment(state.count)
+        state = state._replace(count=count, inner_state=inner_state)
+        return land(state, updates, params, given)
+
+    def init_fn(params: optax.Params) -> Any:
+        leaves = prunable_leaves(params, prunable)
+        if check is not None and not is_placeholder(params):
+            check(leaves, params)
+        return init(leaves, params)._replace(inner_state=inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(
+                "what is zero depends on the weights, so update needs them: call "
+                "tx.update(grads, opt_state, params)"
+            )
+        check_same_structure(state.per_leaf, params)
+        grads = updates
+        if seen_gradients is not None:
+            grads, state = seen_gradients(state, grads, params)
+        updates_of_inner, inner_state = inner.update(
+            grads,
+            state.inner_state,
+            params if seen is None else seen(state, params),
+            **extra_args,
+        )
+        return after(state, inner_state, updates_of_inner, params, updates)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
