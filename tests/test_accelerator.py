@@ -116,6 +116,7 @@ def test_steps_are_compared_with_dense_ones(small, name):
         assert row["memory, of dense"] == memory >= 1
         assert row["time, of dense"] > 0
         assert row["compile, s"] > 0
+        assert 0 < row["loss at the end"] < 10
         assert row["equal bits twice"]
 
 

@@ -491,7 +491,7 @@ class Step:
         """Wall time of so many steps, of each."""
         start = time.perf_counter()
         for _ in range(steps):
-            self.state, _ = self.compiled(self.state, self.batch)
+            self.state, self.loss = self.compiled(self.state, self.batch)
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps
 
@@ -545,6 +545,7 @@ def compare(job: Job, small: bool) -> Iterator[Row]:
             "GB": step.gigabytes,
             "dense, compile, s": dense.compile_seconds,
             "compile, s": step.compile_seconds,
+            "loss at the end": float(step.loss),
             "dense, equal bits twice": dense_repeats,
             "equal bits twice": repeats,
         }
