@@ -6,11 +6,11 @@ import jax
 import ml_collections
 
 import base_config
-from costs import abstract_variables, kernel_costs
 from errors import UserError
-from methods import METHODS
+from job.costs import abstract_variables, kernel_costs
+from job.methods import METHODS
+from job.optimizers import make_optimizer
 from models import create_model
-from optimizers import make_optimizer
 
 __all__ = ["check_config"]
 

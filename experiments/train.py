@@ -28,20 +28,14 @@ from ml_collections import config_flags
 from rich.console import Console
 
 import base_config
-import checkpoints
-import data_sources
-import input_pipeline
 import processes
-import report
 import st3jax
 from check_config import check_config
-from costs import kernel_costs
+from data import input_pipeline, sources
 from errors import Stopped, UserError
-from models import create_model
-from models.layers import BATCH_AXIS
-from monitor import Monitor
-from rates import total_steps
-from steps import (
+from job.costs import kernel_costs
+from job.rates import total_steps
+from job.steps import (
     TrainState,
     create_train_state,
     effective_params,
@@ -50,6 +44,10 @@ from steps import (
     finite_names,
     train_step,
 )
+from models import create_model
+from models.layers import BATCH_AXIS
+from workdir import checkpoints, report
+from workdir.monitor import Monitor
 
 
 def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,7 +96,7 @@ def compile_programs(model: nn.Module, config: ml_collections.ConfigDict) -> Pro
 def evaluate(
     programs: Programs,
     state: TrainState,
-    data: data_sources.Data,
+    data: sources.Data,
     config: ml_collections.ConfigDict,
     fixed: bool,
 ) -> dict[str, float]:
@@ -204,7 +202,7 @@ def _train_and_evaluate(
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
     check_config(config)
-    data = data_sources.load(config)
+    data = sources.load(config)
     checkpoints.claim_workdir(workdir, config)
     config = ml_collections.FrozenConfigDict(config)
 

@@ -9,12 +9,12 @@ from rich.console import Console
 
 import base_config
 import cifar10_st3
-import data_sources
 import digits_st3
 import fashion_mnist_st3
 import imagenet_st3
 import train
 from check_config import check_config
+from data import sources
 from errors import UserError
 
 TRAIN = [sys.executable, train.__file__]
@@ -135,7 +135,7 @@ def test_settings_that_do_not_fit_the_data_are_named(field, value, sentence, tmp
     config = changed(field, value)
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as error:
-        data_sources.load(config)
+        sources.load(config)
     assert sentence in str(error.value)
 
 
@@ -172,7 +172,7 @@ def test_data_that_has_a_way_of_its_own_is_told_that(module, sentence, tmp_path)
     config = module.get_config()
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as error:
-        data_sources.load(config)
+        sources.load(config)
     assert sentence in str(error.value)
 
 

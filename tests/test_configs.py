@@ -13,10 +13,10 @@ import base_config
 import st3jax
 from check_config import check_config
 from errors import UserError
-from methods import METHODS
+from job.methods import METHODS
+from job.optimizers import make_optimizer
+from job.rates import learning_rate, total_steps
 from models import create_model
-from optimizers import make_optimizer
-from rates import learning_rate, total_steps
 
 EXPERIMENTS = pathlib.Path(base_config.__file__).parent
 CONFIGS = sorted(path.stem for path in EXPERIMENTS.glob("*_st3.py"))

@@ -12,7 +12,7 @@ from programs import two_processes
 
 import imagenet_st3
 import prepare
-from monitor import read_metrics
+from workdir.monitor import read_metrics
 
 EXPERIMENTS = pathlib.Path(imagenet_st3.__file__).parent
 PROGRAM = pathlib.Path(two_processes.__file__).with_name("train_checked.py")

@@ -10,10 +10,10 @@ import pytest
 
 import digits_st3
 import st3jax
-import steps
+from job import steps
+from job.rates import learning_rate, total_steps
 from models import create_model
 from models.layers import BATCH_AXIS
-from rates import learning_rate, total_steps
 from st3jax.trees import named_leaves
 
 

@@ -9,13 +9,12 @@ import pytest
 from training import last_state, same_bits, tiny
 
 import base_config
-import data_sources
-import input_pipeline
-import steps
 import train
+from data import input_pipeline, sources
+from job import steps
 from models import create_model
 from models.layers import BATCH_AXIS
-from monitor import read_metrics
+from workdir.monitor import read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,12 +22,12 @@ def data_dir(tmp_path_factory):
     """Data sets are prepared in a folder of the test run."""
     folder = str(tmp_path_factory.mktemp("tfds"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_sources, "BUILDERS", {"digits": _builder_in(folder)})
+        patch.setattr(sources, "BUILDERS", {"digits": _builder_in(folder)})
         yield folder
 
 
 def _builder_in(folder):
-    builder = data_sources.BUILDERS["digits"]
+    builder = sources.BUILDERS["digits"]
     return lambda data_dir, **options: builder(data_dir=data_dir or folder, **options)
 
 
@@ -134,7 +133,7 @@ def test_zeros_stay_while_fine_tuning(finished):
 def test_two_epochs_see_the_same_images_in_another_order(data_dir):
     config = tiny()
     config.batch_size = 1
-    data = data_sources.load(config)
+    data = sources.load(config)
     batches = input_pipeline.train_batches(data, config, start=0)
     epochs = [
         [next(batches)["image"].tobytes() for _ in range(len(data.train))]
@@ -147,7 +146,7 @@ def test_two_epochs_see_the_same_images_in_another_order(data_dir):
 def test_every_test_image_is_seen_exactly_once(data_dir):
     config = tiny()
     config.batch_size = 100
-    data = data_sources.load(config)
+    data = sources.load(config)
     batches = list(input_pipeline.test_batches(data, config))
     assert {len(batch["label"]) for batch in batches} == {100}
     seen = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
@@ -155,7 +154,7 @@ def test_every_test_image_is_seen_exactly_once(data_dir):
 
 
 def test_train_and_test_images_are_disjoint(data_dir):
-    data = data_sources.load(tiny())
+    data = sources.load(tiny())
     train_images = {x["image"].tobytes() for x in data.train}
     assert len(data.train) + len(data.test) == 1797
     assert not [x for x in data.test if x["image"].tobytes() in train_images]
@@ -164,7 +163,7 @@ def test_train_and_test_images_are_disjoint(data_dir):
 def test_one_device_and_two_take_the_same_step(data_dir):
     config = tiny()
     config.data.augmentation = "none"
-    data = data_sources.load(config)
+    data = sources.load(config)
     batch = next(input_pipeline.train_batches(data, config, start=0))
     model = create_model(config, 10)
     state = steps.create_train_state(config, model, steps_per_epoch=22, costs={})

@@ -7,9 +7,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import config_dict
 
-import checkpoints
 import digits_st3
 import train
+from workdir import checkpoints
 
 TINY = {  # two epochs and one of fine-tuning, in seconds
     "seed": 3,

@@ -37,7 +37,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import base_config  # noqa: E402  a neighbour of this folder
 import imagenet_st3  # noqa: E402
-from costs import abstract_variables, kernel_costs  # noqa: E402
+from job.costs import abstract_variables, kernel_costs  # noqa: E402
 from models import create_model  # noqa: E402
 from st3jax.trees import prunable_leaves  # noqa: E402
 

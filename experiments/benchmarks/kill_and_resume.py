@@ -29,8 +29,8 @@ from absl import app, flags, logging
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXPERIMENTS))
 
-import checkpoints  # noqa: E402  a neighbour of this folder
-from monitor import read_metrics  # noqa: E402
+from workdir import checkpoints  # noqa: E402  a neighbour of this folder
+from workdir.monitor import read_metrics  # noqa: E402
 
 KILLS = flags.DEFINE_integer("kills", 50, "How often the runs are killed.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")

@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import imagenet_st3  # noqa: E402  a neighbour of this folder
-from costs import abstract_variables, kernel_costs  # noqa: E402
+from job.costs import abstract_variables, kernel_costs  # noqa: E402
 from models import create_model  # noqa: E402
 from st3jax.trees import prunable_leaves  # noqa: E402
 

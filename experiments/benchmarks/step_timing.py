@@ -14,7 +14,7 @@ from flax import jax_utils
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import base_config
-import steps
+from job import steps
 from models import create_model
 from models.layers import BATCH_AXIS
 

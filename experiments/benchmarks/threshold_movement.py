@@ -24,13 +24,12 @@ from ml_collections import config_flags
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import data_sources  # noqa: E402  a neighbour of this folder
-import input_pipeline  # noqa: E402
-import steps  # noqa: E402
 import train  # noqa: E402
+from data import input_pipeline, sources  # noqa: E402
+from job import steps  # noqa: E402
+from job.rates import total_steps  # noqa: E402
 from models import create_model  # noqa: E402
 from models.layers import BATCH_AXIS  # noqa: E402
-from rates import total_steps  # noqa: E402
 from st3jax.keys import to_key  # noqa: E402
 from st3jax.selection import MARGIN  # noqa: E402
 
@@ -41,7 +40,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def thresholds(config: ml_collections.ConfigDict) -> tuple[np.ndarray, int, int]:
     """The threshold after each step, and when the ramp begins and ends."""
-    data = data_sources.load(config)
+    data = sources.load(config)
     steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
     model = create_model(config, data.num_classes)
     state = steps.create_train_state(config, model, steps_per_epoch, costs={})

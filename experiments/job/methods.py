@@ -9,7 +9,7 @@ import optax
 
 import base_config
 import st3jax
-from rates import learning_rate
+from job.rates import learning_rate
 
 __all__ = ["DENSE_WITHIN", "METHODS"]
 

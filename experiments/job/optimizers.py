@@ -7,8 +7,8 @@ import ml_collections
 import optax
 
 import st3jax
-from methods import METHODS
-from rates import learning_rate
+from job.methods import METHODS
+from job.rates import learning_rate
 from st3jax.trees import path_name
 
 __all__ = ["make_optimizer"]

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 import st3jax
-from methods import METHODS
-from monitor import read_metrics
-from rates import cycles, total_steps
+from job.methods import METHODS
+from job.rates import cycles, total_steps
+from workdir.monitor import read_metrics
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,10 +14,10 @@ import optax
 from flax.training import train_state
 
 import st3jax
-from augmentation import augment, normalise
-from methods import DENSE_WITHIN
+from job.augmentation import augment, normalise
+from job.methods import DENSE_WITHIN
+from job.optimizers import make_optimizer
 from models.layers import BATCH_AXIS
-from optimizers import make_optimizer
 from st3jax.trees import is_kernel, named_leaves, path_name
 
 __all__ = [
