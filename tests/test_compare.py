@@ -1,6 +1,7 @@
 """The study of all methods: what it runs, that it goes on, what its tables say."""
 
 import collections
+import importlib
 import pathlib
 import sys
 
@@ -10,10 +11,9 @@ from absl import flags
 import base_config
 
 BENCHMARKS = pathlib.Path(base_config.__file__).parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import compare_methods as study  # noqa: E402  the folder is no package
-import compare_tables as tables  # noqa: E402
+sys.path.insert(0, str(BENCHMARKS))  # the folder is no package
+study = importlib.import_module("compare_methods")
+tables = importlib.import_module("compare_tables")
 
 TRAIN = """
 import json, pathlib, sys

@@ -28,16 +28,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+from harness import run_main
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import imagenet_st3  # noqa: E402
-from data import decoding, input_pipeline, sources  # noqa: E402
+import imagenet_st3
+from data import decoding, input_pipeline, sources
 
 TENSORFLOW = flags.DEFINE_string("tensorflow", "", "A Python with TensorFlow, if any.")
 IMAGES = flags.DEFINE_integer("images", 256, "How many to make.")
@@ -291,4 +289,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

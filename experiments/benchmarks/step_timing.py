@@ -1,7 +1,5 @@
 """Whole training steps of a configuration, compiled and timed side by side."""
 
-import pathlib
-import sys
 import time
 from typing import Any
 
@@ -10,8 +8,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import jax_utils
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import base_config
 from job import steps

@@ -11,30 +11,24 @@ off they are, in parts of the ramp, and how often the first window of the select
 
 import functools
 import itertools
-import pathlib
-import sys
 
 import jax
 import ml_collections
 import numpy as np
-from absl import app, logging
 from flax import jax_utils
+from harness import EXPERIMENTS, run_main
 from ml_collections import config_flags
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import train  # noqa: E402
-from data import input_pipeline, sources  # noqa: E402
-from job import steps  # noqa: E402
-from job.rates import total_steps  # noqa: E402
-from models import create_model  # noqa: E402
-from models.layers import BATCH_AXIS  # noqa: E402
-from st3jax.keys import to_key  # noqa: E402
-from st3jax.selection import MARGIN  # noqa: E402
+import train
+from data import input_pipeline, sources
+from job import steps
+from job.rates import total_steps
+from models import create_model
+from models.layers import BATCH_AXIS
+from st3jax.selection import MARGIN
 
 CONFIG = config_flags.DEFINE_config_file(
-    "settings", str(HERE.parent / "digits_st3.py"), "Configuration file."
+    "settings", str(EXPERIMENTS / "digits_st3.py"), "Configuration file."
 )
 
 
@@ -84,7 +78,7 @@ def main(argv: list[str]) -> None:
         for guess, values in guesses.items():
             then = values[part.start - 2 : part.stop - 2]
             off = 100 * np.abs(then / now - 1)
-            keys = np.abs(np.asarray(to_key(then)) - np.asarray(to_key(now)))
+            keys = np.abs(then.view(np.int32) - now.view(np.int32))  # as floats count
             print(
                 f"| {name} | {guess} | {np.median(off):.3f} "
                 f"| {np.percentile(off, 95):.3f} | {np.mean(keys < MARGIN):.0%} |"
@@ -92,5 +86,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

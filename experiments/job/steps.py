@@ -18,7 +18,7 @@ from job.augmentation import augment, normalise
 from job.methods import DENSE_WITHIN
 from job.optimizers import make_optimizer
 from models.layers import BATCH_AXIS
-from st3jax.trees import is_kernel, named_leaves, path_name
+from paths import by_path, kernel_mask
 
 __all__ = [
     "TrainState",
@@ -125,14 +125,14 @@ def train_step(
 
 def _watched(batch_stats: Any, grads: Any) -> list[Any]:
     """What shows where numbers stop being finite: statistics first, then gradients."""
-    return [*named_leaves(batch_stats).values(), *named_leaves(grads).values()]
+    return [*by_path(batch_stats).values(), *by_path(grads).values()]
 
 
 def finite_names(state: TrainState) -> list[str]:
     """Names for what ``train_step``'s ``finite`` tells of."""
     return [
-        *(f"the activations at {name}" for name in named_leaves(state.batch_stats)),
-        *(f"the gradient of {name}" for name in named_leaves(state.params)),
+        *(f"the activations at {name}" for name in by_path(state.batch_stats)),
+        *(f"the gradient of {name}" for name in by_path(state.params)),
     ]
 
 
@@ -231,10 +231,11 @@ def eval_variables(
     if config.ema_decay:
         networks["ema_test"] = {
             **state.ema,
-            "params": jax.tree_util.tree_map_with_path(
-                lambda path, average, now: jnp.where(
-                    is_kernel(path_name(path), now) & (now == 0), 0, average
+            "params": jax.tree.map(
+                lambda kernel, average, now: (
+                    jnp.where(now == 0, 0, average) if kernel else average
                 ),
+                kernel_mask(sparse),
                 state.ema["params"],
                 sparse,
             ),
