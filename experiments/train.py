@@ -27,14 +27,11 @@ from flax import jax_utils
 from ml_collections import config_flags
 from rich.console import Console
 
-import base_config
 import processes
 import st3jax
-from check_config import check_config
 from data import input_pipeline, sources
 from errors import Stopped, UserError
-from job.costs import kernel_costs
-from job.rates import total_steps
+from job.build import build
 from job.steps import (
     TrainState,
     create_train_state,
@@ -44,7 +41,6 @@ from job.steps import (
     finite_names,
     train_step,
 )
-from models import create_model
 from models.layers import BATCH_AXIS
 from workdir import checkpoints, report
 from workdir.monitor import Monitor
@@ -201,22 +197,17 @@ def _train_and_evaluate(
     asked_to_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
-    check_config(config)
-    data = sources.load(config)
+    job = build(config)
+    config, data = job.config, job.data
+    steps, steps_per_epoch = job.steps, job.steps_per_epoch
     checkpoints.claim_workdir(workdir, config)
-    config = ml_collections.FrozenConfigDict(config)
-
-    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
-    steps = total_steps(config, steps_per_epoch)
-    model = create_model(config, data.num_classes)
-    costs = kernel_costs(model, config)
-    state = create_train_state(config, model, steps_per_epoch, costs)
+    state = create_train_state(config, job.model, job.tx)
     manager = checkpoints.open_checkpoints(workdir)
     state = checkpoints.restore(manager, state, console)
     start = int(state.step)
     report.print_settings(
         console,
-        config,
+        job,
         {
             "workdir": workdir,
             "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
@@ -229,7 +220,7 @@ def _train_and_evaluate(
 
     # Laid out as pmap lays out its results, or the second step would compile again.
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
-    programs = compile_programs(model, config)
+    programs = compile_programs(job.model, config)
     names = finite_names(state)
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
     with (
@@ -279,7 +270,7 @@ def _train_and_evaluate(
         tests = evaluate(programs, state, data, config, fixed=True)
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
-    return report.write_report(workdir, console, config, params, costs, tests, steps)
+    return report.write_report(workdir, console, job, params, tests)
 
 
 def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
@@ -321,8 +312,7 @@ def main(argv: list[str]) -> None:
             processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         given = config_flags.get_override_values(flag)
         workdir = WORKDIR.value or default_workdir(config_file, given)
-        config = base_config.use_published(CONFIG.value, given)
-        train_and_evaluate(config, pathlib.Path(workdir))
+        train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
     except Stopped as stopped:
         print(stopped)
     except UserError as error:

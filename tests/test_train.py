@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from training import last_state, same_bits, tiny
 
-import base_config
 import train
 from data import input_pipeline, sources
+from errors import UserError
 from job import steps
-from models import create_model
+from job.build import build
 from models.layers import BATCH_AXIS
 from workdir.monitor import read_metrics
 
@@ -33,8 +33,15 @@ def _builder_in(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """The workdir and the report of an undisturbed run, with its replicas compared."""
-    workdir = tmp_path_factory.mktemp("finished")
+    """The workdir and the report of an undisturbed run, with its replicas compared.
+
+    Settings that make no job were given before, and left nothing in the workdir.
+    """
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    too_short = tiny(**{"sparsity.begin_epoch": 0.0, "sparsity.end_epoch": 0.02})
+    with pytest.raises(UserError, match="the ramp ends at step 0, not after it begins"):
+        train.train_and_evaluate(too_short, workdir)
+    assert not workdir.exists()
     unreplicate, compared = train.jax_utils.unreplicate, []
 
     def compare(tree):
@@ -163,10 +170,10 @@ def test_train_and_test_images_are_disjoint(data_dir):
 def test_one_device_and_two_take_the_same_step(data_dir):
     config = tiny()
     config.data.augmentation = "none"
-    data = sources.load(config)
-    batch = next(input_pipeline.train_batches(data, config, start=0))
-    model = create_model(config, 10)
-    state = steps.create_train_state(config, model, steps_per_epoch=22, costs={})
+    job = build(config)
+    config = job.config
+    batch = next(input_pipeline.train_batches(job.data, config, start=0))
+    state = steps.create_train_state(config, job.model, job.tx)
     results = []
     for count in (1, 2):
         step = jax.pmap(
@@ -188,12 +195,6 @@ def test_no_tensorflow_is_imported(finished):
     assert "tensorflow" not in sys.modules
 
 
-def of_method(method, **fields):
-    """The configuration that the command line makes of a method's name."""
-    fields |= {"sparsity.method": method}
-    return base_config.use_published(tiny(**fields), fields)
-
-
 def asked(report):
     return int(0.6 * (report["weights"] - 1)) + 1
 
@@ -203,7 +204,7 @@ def zeros(report):
 
 
 def test_lrr_trains_in_cycles(tmp_path):
-    config = of_method("lrr", **{"lrr.keep": 0.4})
+    config = tiny(**{"sparsity.method": "lrr", "lrr.keep": 0.4})
     report = train.train_and_evaluate(config, tmp_path)
     assert zeros(report) == asked(report)
     assert report["steps"] == 22 * 2 * 2  # one pruning, two cycles, no fine-tuning
@@ -216,14 +217,15 @@ def test_lrr_trains_in_cycles(tmp_path):
 
 
 def test_granet_grows_and_prunes(tmp_path):
-    config = of_method("granet", **{"sparsity.update_every_steps": 10})
+    fields = {"sparsity.method": "granet", "sparsity.update_every_steps": 10}
+    config = tiny(**fields)
     report = train.train_and_evaluate(config, tmp_path)
     assert asked(report) <= zeros(report) <= asked(report) + 20  # some just grown
     assert report["steps"] == 22 * 2
 
 
 def test_probmask_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    config = of_method("probmask")
+    config = tiny(**{"sparsity.method": "probmask"})
     report = train.train_and_evaluate(config, tmp_path / "whole")
     assert zeros(report) == asked(report)
     train_and_interrupt(config, tmp_path / "parts", monkeypatch)

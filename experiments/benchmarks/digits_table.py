@@ -34,8 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "1:4": {"final": 0.75, "pattern": "1:4", "dense": ("stem/*",)},
     "blocks of 4x1, 75 %": {
         "final": 0.75,
-        "pattern": "block",
-        "block_shape": (4, 1),
+        "pattern": "4x1",
         "dense": ("stem/*",),
     },
 }

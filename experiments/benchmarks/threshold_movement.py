@@ -20,10 +20,9 @@ from harness import EXPERIMENTS, run_main
 from ml_collections import config_flags
 
 import train
-from data import input_pipeline, sources
+from data import input_pipeline
 from job import steps
-from job.rates import total_steps
-from models import create_model
+from job.build import build
 from models.layers import BATCH_AXIS
 from st3jax.selection import MARGIN
 
@@ -34,34 +33,33 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def thresholds(config: ml_collections.ConfigDict) -> tuple[np.ndarray, int, int]:
     """The threshold after each step, and when the ramp begins and ends."""
-    data = sources.load(config)
-    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
-    model = create_model(config, data.num_classes)
-    state = steps.create_train_state(config, model, steps_per_epoch, costs={})
+    job = build(config)
+    config = job.config
+    state = steps.create_train_state(config, job.model, job.tx)
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
     step = jax.pmap(
         functools.partial(steps.train_step, config=config),
         BATCH_AXIS,
         donate_argnums=0,
     )
-    batches = input_pipeline.train_batches(data, config, start=0)
+    batches = input_pipeline.train_batches(job.data, config, start=0)
     found = []
-    for _ in range(total_steps(config, steps_per_epoch)):
+    for _ in range(job.steps):
         state, _ = step(state, train.split_over_devices(next(batches)))
         found.append(jax.tree.leaves(state.opt_state.thresholds)[0][0])
     sparsity = config.sparsity
     begin, end = sparsity.begin_epoch, sparsity.end_epoch
     return (
         np.stack(jax.device_get(found)),
-        round(begin * steps_per_epoch),
-        round(end * steps_per_epoch),
+        round(begin * job.steps_per_epoch),
+        round(end * job.steps_per_epoch),
     )
 
 
 def main(argv: list[str]) -> None:
     """Trains and prints the table."""
     del argv
-    t, begin, end = thresholds(ml_collections.FrozenConfigDict(CONFIG.value))
+    t, begin, end = thresholds(CONFIG.value)
     frozen = int(np.argmax(np.append(t[end:], 0) == 0)) + end
     edges = np.linspace(begin + 3, end, 5).astype(int)
     parts = {

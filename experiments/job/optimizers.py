@@ -28,4 +28,4 @@ def make_optimizer(
         optax.add_decayed_weights(sgd.weight_decay, mask=kernel_mask),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=sgd.momentum),
     )
-    return METHODS[config.sparsity.method](inner, config, steps_per_epoch, costs)
+    return METHODS[config.sparsity.method].make(inner, config, steps_per_epoch, costs)

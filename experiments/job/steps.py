@@ -16,7 +16,6 @@ from flax.training import train_state
 import st3jax
 from job.augmentation import augment, normalise
 from job.methods import DENSE_WITHIN
-from job.optimizers import make_optimizer
 from models.layers import BATCH_AXIS
 from paths import by_path, kernel_mask
 
@@ -47,16 +46,14 @@ class TrainState(train_state.TrainState):
 def create_train_state(
     config: ml_collections.ConfigDict,
     model: nn.Module,
-    steps_per_epoch: int,
-    costs: dict[str, int],
+    tx: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
     """Fresh parameters and optimizer for a seed.
 
     Args:
-        config: The experiment's configuration.
+        config: The settings of the run.
         model: Its model.
-        steps_per_epoch: Optimizer steps in an epoch.
-        costs: From path to the multiply-adds of one weight.
+        tx: Its optimizer.
 
     Returns:
         The state before the first step.
@@ -74,7 +71,7 @@ def create_train_state(
     state = TrainState.create(
         apply_fn=model.apply,
         params=params,
-        tx=make_optimizer(config, steps_per_epoch, costs),
+        tx=tx,
         batch_stats=batch_stats,
         # A copy: buffers that are donated must not be shared.
         ema=jax.tree.map(jnp.copy, averaged) if config.ema_decay else {},
