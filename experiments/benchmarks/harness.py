@@ -1,9 +1,8 @@
 """The way into a benchmark: it sees the experiments, and its ``main`` is run.
 
-``python experiments/benchmarks/x.py`` can import what lies beside ``x.py`` and nothing
-else of this repository. Importing this module adds the folder of the experiments. It
-does so in time: what is not installed and not part of the experiments, as this module,
-is sorted before what is.
+A script that is run by its path can import what lies beside it, and nothing else of
+this repository. Importing this module adds the folder of the experiments, and in time:
+sorted imports have the modules of this folder before those of the experiments.
 """
 
 import pathlib
