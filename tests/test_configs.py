@@ -1,6 +1,7 @@
 """Every configuration builds, with the published networks and schedules."""
 
 import importlib
+import io
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 from training import parsed, stand_in
 
 import base_config
@@ -19,6 +21,7 @@ from errors import UserError
 from job.methods import METHODS
 from job.rates import learning_rate, total_steps
 from job.settings import settle
+from workdir.report import print_settings
 
 EXPERIMENTS = pathlib.Path(base_config.__file__).parent
 CONFIGS = sorted(path.stem for path in EXPERIMENTS.glob("*_st3.py"))
@@ -295,7 +298,44 @@ def test_a_setting_that_does_nothing_is_refused(method, fields, field, value):
     with pytest.raises(UserError, match=said) as error:
         of_method("digits_st3", method, **fields, **{field: value})
     assert "\n" not in str(error.value)
-    assert "leave it out" in str(error.value)
+    assert f"leave it out, or let a file set config.defaults.common.{field}" in str(
+        error.value
+    )
+    # Which says nothing against the method.
+    default = {f"defaults.common.{field}": value}
+    assert of_method("digits_st3", method, **fields, **default) == without
+
+
+def shown(config):
+    """The rows of the settings that a run prints, from name to text."""
+    console = Console(file=io.StringIO(), width=500)
+    print_settings(console, stand_in(config), {"images": "none"})
+    lines = console.file.getvalue().splitlines()
+    cells = [[cell.strip() for cell in line.split("│")] for line in lines]
+    return {row[1]: row[2] for row in cells if len(row) == 4}
+
+
+def test_the_settings_that_are_shown_are_those_of_use_and_say_whose_they_are():
+    config = get_config("digits_st3")
+    config.sparsity.method = "granet"
+    config.sparsity.end_epoch = 20
+    rows = shown(config)
+    assert rows["sparsity"] == (
+        "begin_epoch 0.0 (granet's own), end_epoch 20.0, final 0.9, method granet, "
+        "power 3.0, update_every_steps 22 (granet's own)"
+    )
+    assert rows["granet"] == "drop 0.5, initial 0.0"
+    assert rows["fine_tune_epochs"] == "0 (granet's own)"
+    assert rows["images"] == "none"
+    assert rows["data"].startswith("augmentation shift, broken_images stop, flip False")
+    assert not {"gmp", "lrr", "str_", "eval_dense", "defaults"} & set(rows)
+
+    rows = shown(get_config("digits_st3"))
+    assert "soft True, straight_through True" in rows["sparsity"]
+    assert "own" not in "".join(rows.values())
+    config.sparsity.method = "none"
+    config.sparsity.end_epoch = None
+    assert shown(config)["sparsity"] == "method none"
 
 
 class Reading:

@@ -20,7 +20,7 @@ from data import sources
 from workdir import checkpoints
 
 PROGRAMS = pathlib.Path(two_processes.__file__).parent
-EXPERIMENTS = str(pathlib.Path(digits_st3.__file__).parent)
+EXPERIMENTS = pathlib.Path(digits_st3.__file__).parent
 TRAIN = [PROGRAMS / "train_checked.py"]
 SETTINGS = [  # 66 steps, so gentle that rounding errors stay small
     f"--config={digits_st3.__file__}",
@@ -51,7 +51,7 @@ def start(arguments, devices):
         env={
             **os.environ,
             "XLA_FLAGS": flags,
-            "PYTHONPATH": EXPERIMENTS,
+            "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
         },
     )

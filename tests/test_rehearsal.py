@@ -40,7 +40,7 @@ def run(fate, data_dir, workdir):
     ]
     env = {
         **os.environ,
-        "PYTHONPATH": str(EXPERIMENTS),
+        "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }

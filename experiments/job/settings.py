@@ -130,11 +130,12 @@ def settle(config: ml_collections.ConfigDict) -> Settings:
     }
     for field, choices in CHOICES.items():
         _check_choice(field, values[field], choices)
-    useless = _useless(given, values)
-    values |= dict.fromkeys(useless)
+    values = _useful(given, values)
     _check_numbers({field: x for field, x in values.items() if x is not None})
     origins = {
-        field: method for field in own if given[field] is None and field not in useless
+        field: method
+        for field in own
+        if given[field] is None and values[field] is not None
     }
     return Settings(ml_collections.FrozenConfigDict(_nested(values)), origins)
 
@@ -163,20 +164,21 @@ def _defaults(
     return common, own
 
 
-def _useless(given: dict[str, Any], values: dict[str, Any]) -> set[str]:
-    """The fields of no use under the others; an error if one was given."""
-    found = set()
+def _useful(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with ``None`` for those of no use; an error if one was given."""
+    values = dict(values)
     for field, need in [*_needs_of_methods(given), *NEEDS]:
-        if need.met(values[need.other]):
+        if values[need.other] is None or need.met(values[need.other]):
             continue
         if given[field] is not None:
             raise UserError(
                 f"config.{field} is {given[field]!r}, but does nothing while "
                 f"config.{need.other} is {values[need.other]!r}, only where that is "
-                f"{need.words}: leave it out"
+                f"{need.words}: leave it out, or let a file set "
+                f"config.defaults.common.{field}"
             )
-        found.add(field)
-    return found
+        values[field] = None
+    return values
 
 
 def _needs_of_methods(fields: Iterable[str]) -> Iterator[tuple[str, Need]]:
