@@ -272,7 +272,7 @@ def gradual(
 def _onto(
     _: jax.Array, u: jax.Array, w: jax.Array, now: jax.Array, then: jax.Array
 ) -> jax.Array:
-    """The update of a leaf onto its effective weights; as it is where it leads there."""
+    """The update of a leaf onto its effective weights, as it is if it leads there."""
     there = (then == now) & (to_key(then) != 0)
     return jnp.where(there, u, step_onto(w, then, u.dtype))
 
