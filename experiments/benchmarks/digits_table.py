@@ -4,8 +4,8 @@ python experiments/benchmarks/digits_table.py
 
 Runs ``digits_st3.py`` for each row and seed, one after another, in folders under
 ``runs/digits_table``; what is already there is not run again. Prints a table in
-Markdown and writes it to that folder: the mean over the seeds, the least and the largest,
-and the sample standard deviation. Another kind of processor gives other cells.
+Markdown and writes it to that folder: the mean over the seeds, the least and the
+largest, and the sample standard deviation. Another kind of processor gives other cells.
 """
 
 import pathlib
