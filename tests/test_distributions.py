@@ -326,7 +326,7 @@ def test_global_is_the_default_and_compares_all_layers():
         assert size[zero].max() < size[~zero].min()
 
 
-def test_of_a_mapping_the_first_pattern_that_matches_counts():
+def test_of_a_mapping_the_first_path_that_matches_counts():
     params = network(2)
     pruned = st3jax.prune(params, MIXTURE)
     assert_counts(
@@ -343,7 +343,7 @@ def test_of_a_mapping_the_first_pattern_that_matches_counts():
     assert_counts(other_way, {n: asked(SIZES[n], 0.2) for n in KERNELS}, params)
 
 
-def test_a_pattern_matches_the_whole_path_with_its_case():
+def test_a_path_is_matched_as_a_whole_with_its_case():
     params = {"Head": {"kernel": np.arange(1.0, 11)[:, None]}, "head": {}}
     params["head"] = {"kernel": np.arange(1.0, 11)[:, None]}
     params = jax.tree.map(np.float32, params)
@@ -632,8 +632,8 @@ def pruned(sparsity=0.5, **options):
 
 
 KINDS = ("distribution", "'global'", "'uniform'", "'erk'")
-UNMATCHED = ("no pattern of sparsity matches the leaf",)
-IDLE = ("the pattern", "matches no prunable leaf")
+UNMATCHED = ("no path of sparsity matches the leaf",)
+IDLE = ("the path", "of sparsity matches no prunable leaf")
 SHARDED = ("whole shapes of leaves", "axis_name")
 WIDE_RAMP = st3jax.polynomial_ramp(0.9, 0, 100)
 BAD_USES = {
@@ -688,13 +688,13 @@ BAD_USES = {
     "mapping and uniform": (
         build({"*": 0.5}, distribution="uniform"),
         ValueError,
-        "a sparsity for each path pattern",
+        "a sparsity for each path is a distribution of its own",
         "distribution",
     ),
     "prune's mapping and erk": (
         pruned({"*": 0.5}, distribution="erk"),
         ValueError,
-        "a sparsity for each path pattern",
+        "a sparsity for each path is a distribution of its own",
     ),
     "shards and sigma": (
         build(axis_name="i", rescale=False, criterion="l1_sigma"),

@@ -157,14 +157,18 @@ def test_a_predicate_can_choose_by_size():
 
 def test_values_stand_where_their_leaves_are():
     params = [{"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, (jnp.ones(1),)]
-    sizes = trees.map_prunable(lambda path, leaf: leaf.size, params)
+    leaves = trees.prunable_leaves(params)
+    sizes = trees.per_leaf_tree(params, {path: w.size for path, w in leaves.items()})
     masked = optax.MaskedNode()
     assert sizes == [{"kernel": 6, "bias": masked}, (masked,)]
-    times = trees.map_where_prunable(
-        lambda path, size, leaf: size * leaf, sizes, params
-    )
+    times = trees.map_where_prunable(lambda size, leaf: size * leaf, sizes, params)
     assert times[0]["kernel"].tolist() == [[6, 6, 6], [6, 6, 6]]
     assert times[0]["bias"] is params[0]["bias"]
+    named = trees.map_named(lambda path, size, leaf: path, sizes, params)
+    assert named[0]["kernel"] == "0/kernel"
+    assert named[1][0] is params[1][0]
+    halves = trees.in_place_of(sizes, {"0/kernel": 0.5})
+    assert halves == [{"kernel": 0.5, "bias": masked}, (masked,)]
 
 
 @pytest.mark.parametrize("container", ["dict", "list", "dataclass", "boxed"])
