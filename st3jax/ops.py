@@ -11,6 +11,8 @@ Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -184,11 +186,9 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
     w = jnp.asarray(w)
     t = _fitting(t, w, "t")
     size = jnp.abs(w.astype(t.dtype))
-    axes = tuple(range(w.ndim - 1))
-    # Both means as one reduction, which makes less to compile.
-    first = jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * w.ndim, 0) == 0
-    counted = jnp.where(first | _is_kept(w, t)[None], size[None], 0)
-    before, after = counted.mean([axis + 1 for axis in axes])
+    axes, count = tuple(range(w.ndim - 1)), max(math.prod(w.shape[:-1]), 1)
+    kept = jnp.where(_is_kept(w, t), size, 0)
+    before, after = size.sum(axes) / count, kept.sum(axes) / count
     # Two sums may round differently although no threshold took anything.
     idle = ~is_positive(t)
     if t.ndim:
