@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -36,16 +37,18 @@ MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 
 def st3(sparsity=RAMP, **options):
-    return lambda inner: st3jax.st3(inner, sparsity, freeze_step=FREEZE, **options)
+    return functools.partial(
+        st3jax.st3, sparsity=sparsity, freeze_step=FREEZE, **options
+    )
 
 
 def gmp(**options):
-    return lambda inner: st3jax.gmp(inner, RAMP, freeze_step=FREEZE, **options)
+    return functools.partial(st3jax.gmp, sparsity=RAMP, freeze_step=FREEZE, **options)
 
 
 def granet(**options):
-    return lambda inner: st3jax.granet(
-        inner, RAMP, total_steps=STEPS, update_every=1, **options
+    return functools.partial(
+        st3jax.granet, sparsity=RAMP, total_steps=STEPS, update_every=1, **options
     )
 
 
@@ -57,22 +60,27 @@ METHODS = {
     "st3 erk": st3(distribution="erk"),
     "st3 sigma": st3(criterion="l1_sigma"),
     "st3 by path": st3({"first/*": RAMP, "*": HALF}),
-    "ste": lambda inner: st3jax.ste(inner, RAMP, freeze_step=FREEZE),
+    "ste": functools.partial(st3jax.ste, sparsity=RAMP, freeze_step=FREEZE),
     "gmp": gmp(),
     "gmp strict": gmp(sticky="strict", update_every=2),
     "gmp published": gmp(sticky="published"),
-    "lrr": lambda inner: st3jax.lrr(inner, SPARSITY, cycle_steps=2, keep=0.5),
+    "lrr": functools.partial(st3jax.lrr, sparsity=SPARSITY, cycle_steps=2, keep=0.5),
     "granet": granet(freeze_step=FREEZE),
     "granet sparse": granet(initial_sparsity=0.5, key=KEY),
-    "rigl": lambda inner: st3jax.rigl(
-        inner, SPARSITY, key=KEY, total_steps=STEPS, update_every=2
+    "rigl": functools.partial(
+        st3jax.rigl, sparsity=SPARSITY, key=KEY, total_steps=STEPS, update_every=2
     ),
-    "set": lambda inner: st3jax.set_(
-        inner, SPARSITY, key=KEY, update_every=2, freeze_step=FREEZE
+    "set": functools.partial(
+        st3jax.set_, sparsity=SPARSITY, key=KEY, update_every=2, freeze_step=FREEZE
     ),
-    "probmask": lambda inner: st3jax.probmask(inner, RAMP, key=KEY, freeze_step=FREEZE),
-    "str": lambda inner: st3jax.str_(
-        inner, threshold_optimizer=optax.sgd(0.1), initial=-2.0, freeze_step=FREEZE
+    "probmask": functools.partial(
+        st3jax.probmask, sparsity=RAMP, key=KEY, freeze_step=FREEZE
+    ),
+    "str": functools.partial(
+        st3jax.str_,
+        threshold_optimizer=optax.sgd(0.1),
+        initial=-2.0,
+        freeze_step=FREEZE,
     ),
 }
 """What makes a transform that has come to its sparsity after ``FREEZE`` steps."""
@@ -88,6 +96,7 @@ ZEROS = {
     "st3 costs": range(256),  # see the test of it
     "st3 erk": [2 * asked(128, SPARSITY)],
     "st3 by path": [asked(128, SPARSITY) + asked(128, 0.5)],
+    "granet sparse": range(asked(256, SPARSITY), 230),
     "rigl": range(asked(256, SPARSITY) - 2, 230),
     "set": range(asked(256, SPARSITY) - 2, 230),
     "str": range(1, 256),
@@ -103,6 +112,9 @@ MASKS = {"granet", "granet sparse", "rigl", "set"}
 """Methods with a mask, whose active weights may be zero."""
 SAMPLED = {"probmask"}
 """Methods that train on masks drawn at random, up to ``FREEZE`` steps."""
+OPEN = [name for name in METHODS if "freeze_step" in METHODS[name].keywords]
+OPEN.remove("probmask")
+"""Methods that may fix their mask, or never do."""
 KINDS = ["st3", "gmp strict", "granet", "probmask"]
 """One of each kind of state: what is around a transform knows no more of it."""
 
@@ -187,6 +199,9 @@ def test_the_sparsity_at_the_end_is_the_one_asked_for(name):
     for now in usual_run(name)[FREEZE - 1 :]:
         count = zeros(st3jax.finalize(now.params, now.opt_state))
         assert count in ZEROS.get(name, [asked(256, SPARSITY)])
+        if kind(name) == "granet":
+            masks = jax.tree.leaves(now.opt_state.masks)
+            assert sum((~mask).sum() for mask in masks) == asked(256, SPARSITY)
 
 
 def test_costs_are_met_by_whole_weights_at_the_end():
@@ -278,6 +293,21 @@ def test_nothing_is_compiled_twice(name):
     assert_identical(*states)
     assert shapes(states[0]) == shapes(states[1])
     assert step._cache_size() == 1
+
+
+@every_method
+def test_outside_of_jit_an_update_is_compiled_once(name, caplog):
+    tx = METHODS[name](MOMENTUM)
+    params, state = network(), tx.init(network())
+    compiled = []
+    for i in range(3):
+        caplog.clear()
+        with jax.log_compiles():
+            updates, state = tx.update(network(i), state, params)
+        compiled.append([x for x in caplog.messages if x.startswith("Compiling")])
+        params = optax.apply_updates(params, updates)
+    assert compiled[0]
+    assert compiled[1:] == [[], []]
 
 
 @every_method
@@ -414,6 +444,75 @@ def test_params_of_another_structure_are_refused(name):
         tx.update(params, state)
 
 
+# What is prunable
+
+
+def first_alone(path, leaf):
+    return path == "first/kernel"
+
+
+@every_method
+def test_what_is_prunable_is_asked_once_for_each_leaf(name):
+    asked_for = []
+
+    def prunable(path, leaf):
+        asked_for.append(path)
+        return st3jax.is_kernel(path, leaf)
+
+    tx = METHODS[name](MOMENTUM, prunable=prunable)
+    params = network()
+    state = tx.init(params)
+    jax.eval_shape(tx.update, params, state, params)
+    jax.eval_shape(st3jax.sparsify, params, state)
+    st3jax.finalize(params, state)
+    assert sorted(asked_for) == sorted(st3jax.trees.all_paths(params))
+
+
+def program(tx, state):
+    """What an update does, without the addresses of functions."""
+    jaxpr = jax.make_jaxpr(tx.update)(network(1), state, network())
+    return re.sub("0x[0-9a-f]+", "", str(jaxpr))
+
+
+@every_method
+def test_an_update_follows_what_was_prunable_at_the_start(name):
+    usual_choice = METHODS[name](MOMENTUM)
+    other_choice = METHODS[name](MOMENTUM, prunable=first_alone)
+    for tx, other in (
+        (usual_choice, other_choice),
+        (other_choice, usual_choice),
+    ):
+        state = tx.init(network())
+        assert program(other, state) == program(tx, state)
+    seen = jax.eval_shape(usual_choice.update, network(1), state, network())[1]
+    assert shapes(seen) == shapes(state)
+    assert len(jax.tree.leaves(state.per_leaf)) == 1
+
+
+# Strict modes
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_trains_where_nothing_is_promoted(name, dtype):
+    """Neither ranks nor dtypes, without a word from the user."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        tx = METHODS[name](MOMENTUM)
+        params = network(dtype=dtype)
+        state = tx.init(params)
+
+        def step(params, opt_state):
+            seen, pull = jax.vjp(lambda w: st3jax.sparsify(w, opt_state), params)
+            updates, opt_state = tx.update(pull(seen)[0], opt_state, params)
+            params = optax.apply_updates(params, updates)
+            return params, opt_state, st3jax.finalize(params, opt_state)
+
+        params, after, _ = jax.eval_shape(step, params, state)
+        assert shapes(after) == shapes(state)
+        assert {w.dtype for w in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        st3jax.finalize(network(dtype=dtype), state)
+
+
 # Devices and transformations
 
 
@@ -525,3 +624,63 @@ def test_a_restored_checkpoint_goes_on_to_the_same_bits(name, tmp_path):
                 now = step(params, opt_state, make_batch(i))
                 params, opt_state = now.params, now.opt_state
                 assert_identical(jax.device_get(now), usual_run(name)[i])
+
+
+@functools.cache
+def open_run(name, steps=3):
+    """The first steps of a transform that never fixes its mask."""
+    tx = METHODS[name](recording(MOMENTUM), freeze_step=None)
+    *_, last = trajectory(tx, jax.jit(make_step(tx)), steps)
+    return jax.device_get((last.params, last.opt_state))
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_the_state_has_one_structure_whether_the_mask_is_ever_fixed_or_not(name):
+    states = [
+        METHODS[name](MOMENTUM, freeze_step=step).init(network())
+        for step in (None, FREEZE)
+    ]
+    assert_identical(*states)
+    assert shapes(states[0]) == shapes(states[1])
+
+
+@pytest.mark.parametrize("way", ["as it is", "flax", "orbax"])
+@pytest.mark.parametrize("name", ["st3", "gmp", "granet", "str"])
+def test_a_state_of_a_mask_that_was_never_fixed_is_trained_on_and_fixed(
+    name, way, tmp_path
+):
+    tx, step = usual(name)
+    saved = open_run(name)
+    if way == "flax":
+        fresh = jax.device_get((network(), tx.init(network())))
+        saved = serialization.from_bytes(fresh, serialization.to_bytes(saved))
+    if way == "orbax":
+        template = jax.eval_shape(lambda: (network(), tx.init(network())))
+        with ocp.CheckpointManager(tmp_path) as manager:
+            manager.save(3, args=ocp.args.StandardSave(jax.device_put(saved)))
+            manager.wait_until_finished()
+            saved = manager.restore(3, args=ocp.args.StandardRestore(template))
+    params, opt_state = saved
+    for i in range(3, STEPS):
+        now = step(params, opt_state, make_batch(i))
+        params, opt_state = now.params, now.opt_state
+        assert_close(jax.device_get(now), usual_run(name)[i])
+    assert opt_state.frozen
+    assert_identical(jax.device_get(st3jax.finalize(params, opt_state)), params)
+    assert zeros(params) == zeros(usual_run(name)[-1].params) > 0
+
+
+def test_a_state_says_itself_how_its_weights_become_effective():
+    """Saved numbers do not: they are what the transform that takes them makes them."""
+    soft, hard = (st3jax.st3(MOMENTUM, 0.5, soft=soft) for soft in (True, False))
+    state = soft.init(network())
+    assert program(hard, state) == program(soft, state)
+    assert state != hard.init(network())
+    params, trained = network(), jax.jit(soft.update)(network(1), state, network())[1]
+    seen = flat(st3jax.finalize(params, trained))
+    template = jax.device_get(hard.init(network()))
+    restored = serialization.from_bytes(template, serialization.to_bytes(trained))
+    seen_hard = flat(st3jax.finalize(params, restored))
+    assert ((seen == 0) == (seen_hard == 0)).all()
+    kept = seen != 0
+    assert (seen_hard[kept] != seen[kept]).all()
