@@ -17,7 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.mean = (0.5071, 0.4865, 0.4409)
     config.data.std = (0.2673, 0.2564, 0.2762)
 
-    config.model = ml_collections.ConfigDict()
     config.model.name = "wide_resnet"
     config.model.depth = 34
     config.model.widen = 2

@@ -17,7 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.mean = (0.305,)
     config.data.std = (0.376,)
     config.data.augmentation = "shift"
-    config.data.shift_pixels = 1
 
     config.model.name = "cifar_resnet"
     config.model.depth = 8
@@ -26,17 +25,20 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.batch_size = 64
     config.num_epochs = 60
-    config.fine_tune_epochs = 10
     config.label_smoothing = 0.1
     config.learning_rate.peak = 0.1
     config.learning_rate.schedule = "cosine"
     config.learning_rate.per_epoch = False
-    config.learning_rate.fine_tune = 1e-3
-    config.sparsity.begin_epoch = 3
-    config.sparsity.end_epoch = 35
-    config.published.granet.sparsity.update_every_steps = 22  # an epoch
-    config.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
-    config.str_.weight_decay = 5e-3
+
+    common = config.defaults.common
+    common.data.shift_pixels = 1
+    common.fine_tune_epochs = 10
+    common.learning_rate.fine_tune = 1e-3
+    common.sparsity.begin_epoch = 3
+    common.sparsity.end_epoch = 35
+    common.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
+    common.str_.weight_decay = 5e-3
+    config.defaults.granet.sparsity.update_every_steps = 22  # an epoch
 
     config.log_every_steps = 11
     config.eval_every_epochs = 2

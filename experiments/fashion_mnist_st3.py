@@ -19,7 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.mean = (0.286,)
     config.data.std = (0.353,)
     config.data.augmentation = "shift"
-    config.data.shift_pixels = 2
     config.data.flip = True
 
     config.model.name = "cifar_resnet"
@@ -30,17 +29,20 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.batch_size = 128
     config.num_epochs = 5
-    config.fine_tune_epochs = 1
     config.learning_rate.peak = 0.2  # of 0.05, 0.1, 0.2 and 0.4 for the dense network
     config.learning_rate.schedule = "cosine"
     config.learning_rate.per_epoch = False
-    config.learning_rate.fine_tune = 1e-3
-    config.sparsity.final = 0.95
-    config.sparsity.begin_epoch = 0.5
-    config.sparsity.end_epoch = 3.0
-    config.published.granet.sparsity.update_every_steps = 100
-    config.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
-    config.str_.weight_decay = 5e-3
+
+    common = config.defaults.common
+    common.data.shift_pixels = 2
+    common.fine_tune_epochs = 1
+    common.learning_rate.fine_tune = 1e-3
+    common.sparsity.final = 0.95
+    common.sparsity.begin_epoch = 0.5
+    common.sparsity.end_epoch = 3.0
+    common.str_.initial = -5.0  # few steps: from near the smallest weights, and faster
+    common.str_.weight_decay = 5e-3
+    config.defaults.granet.sparsity.update_every_steps = 100
 
     config.log_every_steps = 39
     config.checkpoint_every_epochs = 1.0

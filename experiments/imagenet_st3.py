@@ -21,7 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
     config.data.augmentation = "resized_crop"
     config.data.flip = True
-    config.data.workers = 16
 
     config.model.name = "imagenet_resnet"
     config.model.depth = 50
@@ -34,13 +33,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 5e-5
     config.learning_rate.peak = 0.2
     config.learning_rate.schedule = "cosine"
-    config.learning_rate.warmup_epochs = 5
+
+    common = config.defaults.common
+    common.data.workers = 16
+    common.learning_rate.warmup_epochs = 5
     # The published cosine runs on past its end while fine-tuning, from 0 to 0.0044;
     # this is its mean over those epochs.
-    config.learning_rate.fine_tune = 1.55e-3
-    config.sparsity.end_epoch = 50
-    config.published.granet.ramp = (0.0, 0.3)
-    config.published.granet.sparsity.update_every_steps = 4000
+    common.learning_rate.fine_tune = 1.55e-3
+    common.sparsity.end_epoch = 50
+    config.defaults.granet.ramp = (0.0, 0.3)
+    config.defaults.granet.sparsity.update_every_steps = 4000
 
     config.checkpoint_every_epochs = 1.0
     return config

@@ -26,9 +26,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from builders.fashion_mnist import SOURCE, FashionMnist
-from builders.from_tfrecord import convert
-from builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
+from data.builders.fashion_mnist import SOURCE, FashionMnist
+from data.builders.from_tfrecord import convert
+from data.builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
 from errors import UserError
 
 FORMAT = "array_record"

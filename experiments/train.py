@@ -27,21 +27,12 @@ from flax import jax_utils
 from ml_collections import config_flags
 from rich.console import Console
 
-import base_config
-import checkpoints
-import data_sources
-import input_pipeline
 import processes
-import report
 import st3jax
-from check_config import check_config
-from costs import kernel_costs
+from data import input_pipeline, sources
 from errors import Stopped, UserError
-from models import create_model
-from models.layers import BATCH_AXIS
-from monitor import Monitor
-from rates import total_steps
-from steps import (
+from job.build import build
+from job.steps import (
     TrainState,
     create_train_state,
     effective_params,
@@ -50,6 +41,9 @@ from steps import (
     finite_names,
     train_step,
 )
+from models.layers import BATCH_AXIS
+from workdir import checkpoints, report
+from workdir.monitor import Monitor
 
 
 def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,7 +92,7 @@ def compile_programs(model: nn.Module, config: ml_collections.ConfigDict) -> Pro
 def evaluate(
     programs: Programs,
     state: TrainState,
-    data: data_sources.Data,
+    data: sources.Data,
     config: ml_collections.ConfigDict,
     fixed: bool,
 ) -> dict[str, float]:
@@ -203,22 +197,17 @@ def _train_and_evaluate(
     asked_to_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
-    check_config(config)
-    data = data_sources.load(config)
+    job = build(config)
+    config, data = job.config, job.data
+    steps, steps_per_epoch = job.steps, job.steps_per_epoch
     checkpoints.claim_workdir(workdir, config)
-    config = ml_collections.FrozenConfigDict(config)
-
-    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
-    steps = total_steps(config, steps_per_epoch)
-    model = create_model(config, data.num_classes)
-    costs = kernel_costs(model, config)
-    state = create_train_state(config, model, steps_per_epoch, costs)
+    state = create_train_state(config, job.model, job.tx)
     manager = checkpoints.open_checkpoints(workdir)
     state = checkpoints.restore(manager, state, console)
     start = int(state.step)
     report.print_settings(
         console,
-        config,
+        job,
         {
             "workdir": workdir,
             "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
@@ -231,7 +220,7 @@ def _train_and_evaluate(
 
     # Laid out as pmap lays out its results, or the second step would compile again.
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
-    programs = compile_programs(model, config)
+    programs = compile_programs(job.model, config)
     names = finite_names(state)
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
     with (
@@ -281,7 +270,7 @@ def _train_and_evaluate(
         tests = evaluate(programs, state, data, config, fixed=True)
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
-    return report.write_report(workdir, console, config, params, costs, tests, steps)
+    return report.write_report(workdir, console, job, params, tests)
 
 
 def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
@@ -323,8 +312,7 @@ def main(argv: list[str]) -> None:
             processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         given = config_flags.get_override_values(flag)
         workdir = WORKDIR.value or default_workdir(config_file, given)
-        config = base_config.use_published(CONFIG.value, given)
-        train_and_evaluate(config, pathlib.Path(workdir))
+        train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
     except Stopped as stopped:
         print(stopped)
     except UserError as error:

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from st3jax.checks import check_fraction, check_positive, check_steps
-from st3jax.selection.keys import is_positive
 from st3jax.selection.wide import wide
 
 __all__ = [
     "LAST_STEP",
     "Sparsity",
-    "asks_for_zeros",
     "at_step",
     "polynomial_ramp",
     "ramp_ends",
@@ -53,17 +51,6 @@ def at_step(sparsity: Sparsity, count: jax.typing.ArrayLike) -> Any:
     if isinstance(sparsity, Mapping):  # not by jax.tree.map, which sorts the paths
         return {path: value(s) for path, s in sparsity.items()}
     return value(sparsity)
-
-
-@wide
-def asks_for_zeros(sparsity: Any) -> jax.Array:
-    """Whether a sparsity, or that of any path, is above 0.
-
-    Example:
-        >>> bool(asks_for_zeros(at_step(polynomial_ramp(0.8, begin=3, end=7), 3)))
-        False
-    """
-    return jnp.any(is_positive(jnp.stack(jax.tree.leaves(sparsity))))
 
 
 @wide

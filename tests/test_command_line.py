@@ -1,21 +1,24 @@
 """What a user reads when the command line, the data or the workdir is wrong."""
 
+import math
+import os
 import subprocess
 import sys
 
 import ml_collections
 import pytest
 from rich.console import Console
+from training import stand_in
 
 import base_config
 import cifar10_st3
-import data_sources
 import digits_st3
 import fashion_mnist_st3
 import imagenet_st3
 import train
-from check_config import check_config
+from data import sources
 from errors import UserError
+from job.settings import settle
 
 TRAIN = [sys.executable, train.__file__]
 DIGITS = f"--config={digits_st3.__file__}"
@@ -35,6 +38,11 @@ FLAGS = [  # arguments, the one line that ends the run
         "error: config.sparsity: final sparsity is a fraction in [0, 1], got 90.0: for "
         "90 % write 0.9",
     ),
+    (
+        [DIGITS, "--config.sparsity.method=none", "--config.sparsity.final=90"],
+        "error: config.sparsity.final is 90.0, but does nothing while config.sparsity."
+        "method is 'none', only where that is 'st3' or",
+    ),
 ]
 
 FIELDS = [  # field, value, the sentence
@@ -46,23 +54,31 @@ FIELDS = [  # field, value, the sentence
         "config.sparsity.method is one of 'none', 'st3'",
     ),
     ("sparsity.criterion", "l2", "criterion is one of 'l1', 'l1_sigma', got 'l2'"),
-    ("sparsity.end_epoch", 1, "the ramp ends at step 100, not after it begins at step"),
-    ("sparsity.begin_epoch", -1, "begin is a number of steps, 0 or more, got -100"),
-    ("sparsity.end_epoch", 99, "freeze_step 6000 comes before the ramp is over"),
+    ("sparsity.end_epoch", 1, "the ramp ends at step 22, not after it begins at step"),
+    ("sparsity.begin_epoch", -1, "begin is a number of steps, 0 or more, got -22"),
+    ("sparsity.end_epoch", 99, "freeze_step 1320 comes before the ramp is over"),
+    ("sparsity.end_epoch", math.inf, "config.sparsity: cannot convert float infinity"),
     ("sparsity.power", 0.0, "power is a number above 0, got 0.0"),
     ("sparsity.update_every_steps", 0, "update_every is a number of steps, 1 or more"),
     ("sparsity.distribution", "even", "distribution is one of 'global', 'uniform', "),
-    (
-        "sparsity.layers",
-        (("tail*", 0.5),),
-        "the pattern 'tail*' of sparsity matches no",
-    ),
+    ("sparsity.budget", "energy", "budget is one of 'weights', 'multiply_adds', got"),
+    ("sparsity.layers", (("tail*", 0.5),), "'tail*' of sparsity matches no"),
+    ("sparsity.layers", ("stem*", 0.5), "layers are pairs of a path and its final"),
     ("sparsity.dense", ("*",), "no parameter is prunable"),
+    ("sparsity.dense", ("stem",), "the path 'stem' of dense matches no kernel: there"),
+    ("sparsity.dense", ("stem/*", "tail/*"), "the path 'tail/*' of dense matches no k"),
+    ("sparsity.dense", ("stem_norm/*",), "'stem_norm/*' of dense matches no kernel"),
     ("sparsity.pattern", "2:4", "pattern '2:4' ends at a sparsity of 0.5, got 0.9"),
-    ("sparsity.block_shape", (4, 4), "pattern 'block' and block_shape go together"),
+    ("sparsity.pattern", "9:4", "'N:M' with 0 < N < M"),
+    ("sparsity.pattern", "block", "N:M such as '2:4', or a block such as '4x8', got"),
+    ("sparsity.pattern", "5x5", "does not fit"),
+    ("sparsity.block_shape", (4, 4), "config.sparsity.block_shape is not a field of"),
     ("model.name", "resnet", "name is one of 'cifar_resnet', 'imagenet_resnet',"),
     ("model.depth", 9, "a CIFAR ResNet has 8, 14, 20, ... layers (6n+2), got 9"),
-    ("model.dpeth", 9, "unexpected keyword argument 'dpeth'"),
+    ("model.dpeth", 9, "config.model.dpeth is not a field of a configuration"),
+    ("model.widen", 9, "config.model: widen is 9, but 'cifar_resnet' has no widen"),
+    ("model.depth", None, "config.model: depth is missing, which 'cifar_resnet' needs"),
+    ("model.dtype", "float7", "config.model: data type 'float7' not understood"),
     ("batch_size", 0, "config.batch_size is 1 or more, got 0"),
     ("batch_size", 65, "config.batch_size 65 cannot be split evenly over 8 devices"),
     ("num_epochs", 0, "config.num_epochs is 1 or more, got 0"),
@@ -74,7 +90,18 @@ FIELDS = [  # field, value, the sentence
     ("ema_decay", -0.1, "config.ema_decay is 0 or more, got -0.1"),
     ("not_finite", "go", "config.not_finite is one of 'stop', 'skip', got 'go'"),
     ("data.broken_images", "go", "data.broken_images is one of 'stop', 'skip', got"),
-    ("data.workers", -1, "config.data.workers is 0 or more, got -1"),
+    ("defaults.common.data.shift_pixels", -1, "config.data.shift_pixels is 0 or more"),
+    ("data.shift_pixels", -1, "config.data.shift_pixels is 0 or more, got -1"),
+    ("data.std", (0.0,), "config.data.std is above 0, got (0.0,)"),
+    ("data.std", (0.5, 0.5), "have a number for each channel, 1 or 3, got 1 and 2"),
+    ("seed", -1, "config.seed is 0 or more, got -1"),
+    ("label_smoothing", 1.0, "config.label_smoothing is below 1, got 1.0"),
+    ("optimizer.momentum", 1.5, "config.optimizer.momentum is below 1, got 1.5"),
+    ("optimizer.weight_decay", -1.0, "config.optimizer.weight_decay is 0 or more, go"),
+    ("optimizer.clip_norm", 0.0, "config.optimizer.clip_norm is above 0, got 0.0"),
+    ("learning_rate.peak", math.nan, "config.learning_rate.peak is 0 or more, got nan"),
+    ("checkpoint_every_epochs", math.inf, "checkpoint_every_epochs is below inf, got"),
+    ("learning_rate.warmup_epochs", 60, "config.learning_rate: "),
     (
         "data.augmentation",
         "resized_crop",
@@ -113,9 +140,14 @@ def changed(field, value):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), FLAGS)
-def test_a_wrong_command_ends_in_one_line(arguments, sentence, tmp_path):
+def test_a_wrong_command_ends_in_one_line(arguments, sentence, tmp_path, data_dir):
     run = subprocess.run(
-        [*TRAIN, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*TRAIN, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TFDS_DATA_DIR": data_dir},
     )
     assert run.returncode != 0
     assert sentence in run.stderr
@@ -123,11 +155,28 @@ def test_a_wrong_command_ends_in_one_line(arguments, sentence, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where the data set is prepared."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="module")
+def digits(data_dir):
+    """The images, which are decoded once."""
+    return sources.load(changed("data.dir", data_dir))
+
+
 @pytest.mark.parametrize(("field", "value", "sentence"), FIELDS)
-def test_a_wrong_field_is_named_before_anything_is_loaded(field, value, sentence):
+def test_a_wrong_field_is_named_and_leaves_nothing(
+    field, value, sentence, tmp_path, digits, monkeypatch
+):
+    monkeypatch.setattr(sources, "load", lambda config: digits)
     with pytest.raises(UserError) as error:
-        check_config(changed(field, value))
+        train.train_and_evaluate(changed(field, value), tmp_path / "run")
     assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), DATA)
@@ -135,7 +184,7 @@ def test_settings_that_do_not_fit_the_data_are_named(field, value, sentence, tmp
     config = changed(field, value)
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as error:
-        data_sources.load(config)
+        sources.load(config)
     assert sentence in str(error.value)
 
 
@@ -143,7 +192,7 @@ def test_a_missing_field_is_named():
     config = digits_st3.get_config()
     del config.seed
     with pytest.raises(UserError, match=r"config\.seed is missing: start from base_c"):
-        check_config(config)
+        settle(config)
 
 
 def test_data_that_is_not_prepared_comes_with_the_command_that_prepares_it(tmp_path):
@@ -172,7 +221,7 @@ def test_data_that_has_a_way_of_its_own_is_told_that(module, sentence, tmp_path)
     config = module.get_config()
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as error:
-        data_sources.load(config)
+        sources.load(config)
     assert sentence in str(error.value)
 
 
@@ -185,7 +234,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_workdir_with_other_settings_is_not_touched(tmp_path):
     config = changed("data.dir", str(tmp_path))
-    train.checkpoints.claim_workdir(tmp_path / "run", config)
+    train.checkpoints.claim_workdir(tmp_path / "run", settle(config).config)
     config.sparsity.final = 0.95
     with pytest.raises(UserError, match=r"sparsity\.final = 0\.9 there, 0\.95 here"):
         train.train_and_evaluate(config, tmp_path / "run")
@@ -193,10 +242,8 @@ def test_a_workdir_with_other_settings_is_not_touched(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     small, large = changed("model.width", 2), changed("model.width", 3)
-    states = [
-        train.create_train_state(config, train.create_model(config, 10), 22, {})
-        for config in (small, large)
-    ]
+    jobs = [stand_in(config) for config in (small, large)]
+    states = [train.create_train_state(job.config, job.model, job.tx) for job in jobs]
     with train.checkpoints.open_checkpoints(tmp_path / "run") as manager:
         train.checkpoints.save(manager, 1, states[0])
         manager.wait_until_finished()

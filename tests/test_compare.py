@@ -1,19 +1,23 @@
 """The study of all methods: what it runs, that it goes on, what its tables say."""
 
 import collections
+import importlib
+import json
 import pathlib
 import sys
 
 import pytest
 from absl import flags
+from training import parsed
 
 import base_config
+import fashion_mnist_st3
+from job.settings import settle
 
 BENCHMARKS = pathlib.Path(base_config.__file__).parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import compare_methods as study  # noqa: E402  the folder is no package
-import compare_tables as tables  # noqa: E402
+sys.path.insert(0, str(BENCHMARKS))  # the folder is no package
+study = importlib.import_module("compare_methods")
+tables = importlib.import_module("compare_tables")
 
 TRAIN = """
 import json, pathlib, sys
@@ -34,7 +38,7 @@ report = {
 
 
 @pytest.fixture(autouse=True)
-def parsed():
+def flags_are_parsed():
     flags.FLAGS.mark_as_parsed()
 
 
@@ -59,6 +63,21 @@ def test_every_method_runs_at_every_sparsity_for_every_seed():
             assert counts[method, sparsity] == 3
     assert len({run.name for run in runs}) == len(runs)
     assert {run.fields["learning_rate.peak"] for run in runs} == {0.2}
+
+
+def test_every_run_has_settings_that_are_of_use():
+    settled = {
+        json.dumps(fields, sort_keys=True): settle(
+            parsed(
+                f"--config={fashion_mnist_st3.__file__}",
+                *(f"--config.{name}={value}" for name, value in fields.items()),
+            )
+        )
+        for fields in (run.fields for run in [*study.sweep(), *study.study(rate=0.2)])
+    }
+    assert len(settled) > 40
+    dense = next(x.config for x in settled.values() if x.config.sparsity.final is None)
+    assert dense.sparsity.method == "none"
 
 
 def test_the_ablation_has_every_combination_once():

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import decoding
-from decoding import BrokenImage, decode, random_resized_crop, resized_centre
+from data import decoding
+from data.decoding import BrokenImage, decode, random_resized_crop, resized_centre
 
 SIZES = st.integers(1, 150)
 SEEDS = st.integers(0, 2**32)

@@ -11,9 +11,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 from PIL import Image
 
-import data_sources
 import imagenet_st3
-import input_pipeline
+from data import input_pipeline, sources
 from errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -58,7 +57,7 @@ def configure(folder, **data):
 
 def take(config, start=0, stop=6):
     """Batches of training images."""
-    data = data_sources.load(config)
+    data = sources.load(config)
     with contextlib.closing(
         input_pipeline.train_batches(data, config, start, stop)
     ) as batches:
@@ -66,7 +65,7 @@ def take(config, start=0, stop=6):
 
 
 def take_test(config):
-    data = data_sources.load(config)
+    data = sources.load(config)
     with contextlib.closing(input_pipeline.test_batches(data, config)) as batches:
         return list(batches)
 
@@ -189,21 +188,21 @@ def test_broken_images_can_be_left_out(folder, content):
     assert sum(b["valid"].sum() for b in take_test(config)) == TEST - 1
     config.data.update(in_memory=True, augmentation="none")
     config.batch_size = 7
-    assert len(data_sources.load(config).train) == TRAIN - 1
+    assert len(sources.load(config).train) == TRAIN - 1
     assert all(b["valid"].all() for b in take(config, 0, 3))
 
 
 def test_a_folder_without_class_folders_is_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"no class folders in .*/test: config\.data"):
-        data_sources.load(configure(folder, test_split="test"))
+        sources.load(configure(folder, test_split="test"))
     (folder / "val" / "yak").mkdir()
     with pytest.raises(UserError, match=r"class 'yak' is in .*/val but not in .*/t"):
-        data_sources.load(configure(folder))
+        sources.load(configure(folder))
 
 
 def test_labels_are_the_classes_in_sorted_order(folder):
     (folder / "val" / "cat").rename(folder / "cat")  # a class without test images
-    data = data_sources.load(configure(folder))
+    data = sources.load(configure(folder))
     assert data.num_classes == 3
     names = {data.train[i]["name"]: data.train[i]["label"] for i in range(TRAIN)}
     assert names == {
@@ -264,7 +263,7 @@ def test_data_sets_of_tfds_are_read(name, tmp_path):
     write(name, (train, test), shape, tmp_path)
     config = configure(tmp_path, name=name, train_split=train, test_split=test)
     config.data.update(mean=(0.5,) * shape[2], std=(0.2,) * shape[2])
-    data = data_sources.load(config)
+    data = sources.load(config)
     assert (len(data.train), len(data.test)) == (12, 12)
     batch = take(config, 0, 1)[0]
     assert batch["image"].shape == (8, 8, 8, shape[2])
@@ -281,7 +280,7 @@ def test_a_data_set_without_labels_is_refused(tmp_path, monkeypatch):
         class info:  # noqa: N801  as TFDS has it
             features = types.MappingProxyType({"image": None, "caption": None})
 
-    monkeypatch.setattr(data_sources, "_builder", lambda config: Unlabelled)
-    monkeypatch.setattr(data_sources, "_prepared", lambda builder, config: builder)
+    monkeypatch.setattr(sources, "_builder", lambda config: Unlabelled)
+    monkeypatch.setattr(sources, "_prepared", lambda builder, config: builder)
     with pytest.raises(UserError, match="no image and label, but image, caption"):
-        data_sources.load(configure(tmp_path, name="captions"))
+        sources.load(configure(tmp_path, name="captions"))

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import math
+from inspect import signature
 
 import flax.linen as nn
 import jax
@@ -13,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
+import base_config
+import paths
 import st3jax
 from models import MODELS, create_model, layers
 from models.layers import BATCH_AXIS
 from models.vgg import VGG
-from st3jax.trees import named_leaves, prunable_leaves
 
 KEY = jax.random.key(0)
 
@@ -170,7 +172,7 @@ NETWORKS = {  # arguments, (size of images, classes), table, kernel weights
         3_185_088 + 1_024_000,
     ),
     "MobileNetV1, half": (
-        {"name": "mobilenet_v1", "width": 0.5},
+        {"name": "mobilenet_v1", "multiplier": 0.5},
         IMAGENET,
         mobilenet_table(0.5),
         807_648 + 512_000,
@@ -226,7 +228,7 @@ def shapes(name):
     """Shapes of a network's parameters by path; nothing is computed."""
     arguments, (size, classes), _, _ = NETWORKS[name]
     variables = abstract_variables(build(arguments, classes), size)
-    return {path: x.shape for path, x in named_leaves(variables["params"]).items()}
+    return {path: x.shape for path, x in paths.by_path(variables["params"]).items()}
 
 
 def kernels(model, size):
@@ -234,7 +236,7 @@ def kernels(model, size):
     variables = abstract_variables(model, size)
     apply = functools.partial(model.apply, train=False)
     costs = st3jax.multiply_adds(apply, variables, images(size))
-    leaves = prunable_leaves(variables)
+    leaves = paths.kernels(variables)
     assert costs.keys() == leaves.keys()
     return collections.Counter((leaves[path].shape, costs[path]) for path in leaves)
 
@@ -337,21 +339,38 @@ def test_every_network_works_on_small_images_too():
     ("arguments", "sentence"),
     [
         ({"name": "vgg", "depth": 12}, "a VGG has depth 11/13/16/19, got 12"),
-        ({"name": "mobilenet_v1", "width": 0}, "factor of 1/32 or more, got 0"),
-        ({"name": "mobilenet_v1", "width": math.nan}, "1/32 or more, got nan"),
-        ({"name": "mobilenet_v1", "width": math.inf}, "1/32 or more, got inf"),
+        (
+            {"name": "mobilenet_v1", "multiplier": 0},
+            "MobileNetV1 is 1/32 or more, got 0",
+        ),
+        ({"name": "mobilenet_v1", "multiplier": math.nan}, "1/32 or more, got nan"),
+        ({"name": "mobilenet_v1", "multiplier": math.inf}, "1/32 or more, got inf"),
         ({"name": "mobilenet_v2"}, "'mobilenet_v1', 'vgg', 'wide_resnet', got"),
+        ({"name": "vgg"}, "depth is missing, which 'vgg' needs"),
+        (
+            {"name": "vgg", "depth": 11, "widen": 2},
+            "widen is 2, but 'vgg' has no widen",
+        ),
+        ({"name": "vgg", "depth": 11, "dtype": "float7"}, "data type 'float7' not"),
     ],
 )
 def test_an_argument_out_of_its_range_is_named(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         build(arguments, 10)
+
+
+def test_every_argument_of_a_network_is_a_field_of_the_configuration():
+    known = {name for make in MODELS.values() for name in signature(make).parameters}
+    fields = base_config.get_config().model
+    assert set(fields) == known - {"num_classes"} | {"name"}
+    assert fields.name == ""
+    assert not any(value for name, value in fields.items() if name != "name")
 
 
 SMALL = {  # one of each family
     "cifar_resnet": {"depth": 8, "width": 2},
     "imagenet_resnet": {"depth": 50, "width": 2},
-    "mobilenet_v1": {"width": 0.25},
+    "mobilenet_v1": {"multiplier": 0.25},
     "vgg": {"depth": 11},
     "wide_resnet": {"depth": 10, "widen": 2},
 }
@@ -420,14 +439,14 @@ def test_thresholds_are_float32_with_every_dtype(name):
         params = abstract_variables(model, 8)["params"]
         tx = st3jax.st3(optax.sgd(0.1), 0.9)
         thresholds = jax.eval_shape(tx.init, params).thresholds
-        assert len(jax.tree.leaves(thresholds)) == len(prunable_leaves(params))
+        assert len(jax.tree.leaves(thresholds)) == len(paths.kernels(params))
         assert dtypes(thresholds) == {"float32"}
 
 
 def test_depthwise_kernels_are_pruned_like_others():
-    model = MODELS["mobilenet_v1"](num_classes=10, width=0.25)
+    model = MODELS["mobilenet_v1"](num_classes=10, multiplier=0.25)
     leaves = abstract_variables(model, 8)["params"]
-    found = [x.shape for path, x in prunable_leaves(leaves).items() if "depth" in path]
+    found = [x.shape for path, x in paths.kernels(leaves).items() if "depth" in path]
     assert [shape[:3] for shape in found] == [(3, 3, 1)] * 13
     block = {name: leaves[f"block2_{name}"] for name in ("depthwise", "pointwise")}
     rng = np.random.default_rng(0)

@@ -14,11 +14,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-import data_sources
 import imagenet_st3
 import prepare
-from builders.fashion_mnist import FashionMnist, read_idx
-from builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
+from data import sources
+from data.builders.fashion_mnist import FashionMnist, read_idx
+from data.builders.imagenet_rehearsal import ImagenetRehearsal, is_rehearsal
 from errors import UserError
 
 COUNTS = {"train": 30, "t10k": 20}
@@ -360,7 +360,7 @@ def old(rehearsal, tmp_path_factory):
 
 def test_tfrecords_are_told_with_the_command_that_converts_them(old):
     with pytest.raises(UserError) as error:
-        data_sources.load(imagenet(old[0]))
+        sources.load(imagenet(old[0]))
     assert "files of the format tfrecord, which cannot be read in any" in str(
         error.value
     )
@@ -381,7 +381,7 @@ def test_converted_records_are_the_same(old, rehearsal, tmp_path):
         )
         assert len(before) == len(after) == count
         assert [dict(x) for x in before] == [dict(x) for x in after]
-    assert len(data_sources.load(imagenet(tmp_path)).train) == IMAGES["train"]
+    assert len(sources.load(imagenet(tmp_path)).train) == IMAGES["train"]
     with pytest.raises(UserError, match="is there already: remove it to convert again"):
         prepare.prepare_from_tfrecord(str(old[1]), str(tmp_path))
 

@@ -14,13 +14,13 @@ import orbax.checkpoint as ocp
 import pytest
 from programs import two_processes
 
-import checkpoints
-import data_sources
 import digits_st3
 import processes
+from data import sources
+from workdir import checkpoints
 
 PROGRAMS = pathlib.Path(two_processes.__file__).parent
-EXPERIMENTS = str(pathlib.Path(digits_st3.__file__).parent)
+EXPERIMENTS = pathlib.Path(digits_st3.__file__).parent
 TRAIN = [PROGRAMS / "train_checked.py"]
 SETTINGS = [  # 66 steps, so gentle that rounding errors stay small
     f"--config={digits_st3.__file__}",
@@ -51,7 +51,7 @@ def start(arguments, devices):
         env={
             **os.environ,
             "XLA_FLAGS": flags,
-            "PYTHONPATH": EXPERIMENTS,
+            "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
         },
     )
@@ -108,7 +108,7 @@ def data_dir(tmp_path_factory):
     """Where the data set is prepared."""
     config = digits_st3.get_config()
     config.data.dir = str(tmp_path_factory.mktemp("tfds"))
-    data_sources.load(config)
+    sources.load(config)
     return config.data.dir
 
 

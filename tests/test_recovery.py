@@ -21,13 +21,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from training import command, last_state, leaves, same_bits, tiny
 
-import checkpoints
-import input_pipeline
-import monitor
 import processes
-import steps
 import train
+from data import input_pipeline
 from errors import Stopped, UserError
+from job import steps
+from workdir import checkpoints, monitor
 
 STEPS = 66
 # Of many arrays that cannot be read, Orbax raises for one, and is gone when the others

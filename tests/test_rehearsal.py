@@ -12,7 +12,7 @@ from programs import two_processes
 
 import imagenet_st3
 import prepare
-from monitor import read_metrics
+from workdir.monitor import read_metrics
 
 EXPERIMENTS = pathlib.Path(imagenet_st3.__file__).parent
 PROGRAM = pathlib.Path(two_processes.__file__).with_name("train_checked.py")
@@ -40,7 +40,7 @@ def run(fate, data_dir, workdir):
     ]
     env = {
         **os.environ,
-        "PYTHONPATH": str(EXPERIMENTS),
+        "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import stand_in
 
 import digits_st3
 import st3jax
-import steps
-from models import create_model
+from job import steps
+from job.optimizers import make_optimizer
+from job.rates import learning_rate, total_steps
+from job.settings import settle
 from models.layers import BATCH_AXIS
-from rates import learning_rate, total_steps
-from st3jax.trees import named_leaves
+from paths import by_path, kernels
 
 
 class Small(nn.Module):
@@ -30,16 +32,15 @@ class Small(nn.Module):
 
 def configure(**fields):
     config = digits_st3.get_config()
-    config.batch_size = 8
     config.data.augmentation = "none"
-    config.sparsity.begin_epoch = 0.0
-    config.sparsity.end_epoch = 1.0
+    config.defaults.common.sparsity.begin_epoch = 0.0
+    config.defaults.common.sparsity.end_epoch = 1.0
     config.update_from_flattened_dict(fields)
-    return config
+    return settle(config).config
 
 
-def make_state(config, model=None):
-    return steps.create_train_state(config, model or Small(), 4, costs={})
+def make_state(config):
+    return steps.create_train_state(config, Small(), make_optimizer(config, 4, {}))
 
 
 def make_batch(seed, size=8):
@@ -147,9 +148,9 @@ def test_the_moving_average_is_that_of_the_effective_weights():
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     networks = steps.eval_variables(state, config)
-    sparse = named_leaves(networks["test"]["params"])
-    for name, leaf in named_leaves(networks["ema_test"]["params"]).items():
-        raw = named_leaves(state.ema["params"])[name]
+    sparse = by_path(networks["test"]["params"])
+    for name, leaf in by_path(networks["ema_test"]["params"]).items():
+        raw = by_path(state.ema["params"])[name]
         zero = np.asarray(sparse[name] == 0) & name.endswith("kernel")
         np.testing.assert_array_equal(leaf, np.where(zero, 0, raw))
     summary = st3jax.summary(networks["ema_test"]["params"])
@@ -212,18 +213,20 @@ def test_a_step_that_is_not_finite_spoils_nothing(monkeypatch, spoilt):
 def test_a_second_cycle_rewinds_the_learning_rate_and_keeps_the_zeros():
     fields = {"num_epochs": 6, "fine_tune_epochs": 2, "second_cycle": True}
     for schedule, per_epoch in (("cosine", False), ("cosine", True), ("step", True)):
+        fields |= {
+            "learning_rate.schedule": schedule,
+            "learning_rate.per_epoch": per_epoch,
+            "defaults.common.learning_rate.warmup_epochs": 2,
+            "defaults.common.learning_rate.drop_epochs": (3, 5),
+        }
         config = configure(**fields)
-        config.learning_rate.schedule = schedule
-        config.learning_rate.per_epoch = per_epoch
-        config.learning_rate.warmup_epochs = 2
-        config.learning_rate.drop_epochs = (3, 5)
         rate = learning_rate(config, steps_per_epoch=4)
         rates = np.array([float(rate(jnp.array(step))) for step in range(14 * 4)])
         np.testing.assert_array_equal(rates[32:], rates[:24])
         np.testing.assert_allclose(rates[24:32], config.learning_rate.fine_tune)
         assert total_steps(config, 4) == 14 * 4 == len(rates)
-        config.second_cycle = False
-        assert total_steps(config, 4) == 8 * 4
+        once = configure(**fields | {"second_cycle": False})
+        assert total_steps(once, 4) == 8 * 4
 
 
 def test_zeros_are_fixed_through_the_second_cycle():
@@ -234,8 +237,7 @@ def test_zeros_are_fixed_through_the_second_cycle():
         batch = make_batch(step)
         state, _ = on_one_device(steps.train_step, state, batch, **fields)
         weights = st3jax.finalize(state.params, state.opt_state)
-        kernels = st3jax.trees.prunable_leaves(weights)
-        zeros.append({name: np.asarray(w == 0) for name, w in kernels.items()})
+        zeros.append({name: np.asarray(w == 0) for name, w in kernels(weights).items()})
     for later in zeros[8:]:
         jax.tree.map(np.testing.assert_array_equal, later, zeros[7])
     assert sum(int(z.sum()) for z in zeros[-1].values()) == int(0.9 * 75) + 1
@@ -244,7 +246,9 @@ def test_zeros_are_fixed_through_the_second_cycle():
 def test_bfloat16_computes_a_step_with_float32_state():
     config = digits_st3.get_config()
     config.model.dtype = "bfloat16"
-    state = steps.create_train_state(config, create_model(config, 10), 4, costs={})
+    job = stand_in(config)
+    config = job.config
+    state = steps.create_train_state(config, job.model, job.tx)
     batch = jax.tree.map(lambda x: x[None], make_batch(0))
     step = jax.pmap(
         functools.partial(steps.train_step, config=config),

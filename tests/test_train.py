@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from training import last_state, same_bits, tiny
 
-import base_config
-import data_sources
-import input_pipeline
-import steps
 import train
-from models import create_model
+from data import input_pipeline, sources
+from errors import UserError
+from job import steps
+from job.build import build
 from models.layers import BATCH_AXIS
-from monitor import read_metrics
+from workdir.monitor import read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,19 +22,26 @@ def data_dir(tmp_path_factory):
     """Data sets are prepared in a folder of the test run."""
     folder = str(tmp_path_factory.mktemp("tfds"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_sources, "BUILDERS", {"digits": _builder_in(folder)})
+        patch.setattr(sources, "BUILDERS", {"digits": _builder_in(folder)})
         yield folder
 
 
 def _builder_in(folder):
-    builder = data_sources.BUILDERS["digits"]
+    builder = sources.BUILDERS["digits"]
     return lambda data_dir, **options: builder(data_dir=data_dir or folder, **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """The workdir and the report of an undisturbed run, with its replicas compared."""
-    workdir = tmp_path_factory.mktemp("finished")
+    """The workdir and the report of an undisturbed run, with its replicas compared.
+
+    Settings that make no job were given before, and left nothing in the workdir.
+    """
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    too_short = tiny(**{"sparsity.begin_epoch": 0.0, "sparsity.end_epoch": 0.02})
+    with pytest.raises(UserError, match="the ramp ends at step 0, not after it begins"):
+        train.train_and_evaluate(too_short, workdir)
+    assert not workdir.exists()
     unreplicate, compared = train.jax_utils.unreplicate, []
 
     def compare(tree):
@@ -134,7 +140,7 @@ def test_zeros_stay_while_fine_tuning(finished):
 def test_two_epochs_see_the_same_images_in_another_order(data_dir):
     config = tiny()
     config.batch_size = 1
-    data = data_sources.load(config)
+    data = sources.load(config)
     batches = input_pipeline.train_batches(data, config, start=0)
     epochs = [
         [next(batches)["image"].tobytes() for _ in range(len(data.train))]
@@ -147,7 +153,7 @@ def test_two_epochs_see_the_same_images_in_another_order(data_dir):
 def test_every_test_image_is_seen_exactly_once(data_dir):
     config = tiny()
     config.batch_size = 100
-    data = data_sources.load(config)
+    data = sources.load(config)
     batches = list(input_pipeline.test_batches(data, config))
     assert {len(batch["label"]) for batch in batches} == {100}
     seen = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
@@ -155,7 +161,7 @@ def test_every_test_image_is_seen_exactly_once(data_dir):
 
 
 def test_train_and_test_images_are_disjoint(data_dir):
-    data = data_sources.load(tiny())
+    data = sources.load(tiny())
     train_images = {x["image"].tobytes() for x in data.train}
     assert len(data.train) + len(data.test) == 1797
     assert not [x for x in data.test if x["image"].tobytes() in train_images]
@@ -164,10 +170,10 @@ def test_train_and_test_images_are_disjoint(data_dir):
 def test_one_device_and_two_take_the_same_step(data_dir):
     config = tiny()
     config.data.augmentation = "none"
-    data = data_sources.load(config)
-    batch = next(input_pipeline.train_batches(data, config, start=0))
-    model = create_model(config, 10)
-    state = steps.create_train_state(config, model, steps_per_epoch=22, costs={})
+    job = build(config)
+    config = job.config
+    batch = next(input_pipeline.train_batches(job.data, config, start=0))
+    state = steps.create_train_state(config, job.model, job.tx)
     results = []
     for count in (1, 2):
         step = jax.pmap(
@@ -189,12 +195,6 @@ def test_no_tensorflow_is_imported(finished):
     assert "tensorflow" not in sys.modules
 
 
-def of_method(method, **fields):
-    """The configuration that the command line makes of a method's name."""
-    fields |= {"sparsity.method": method}
-    return base_config.use_published(tiny(**fields), fields)
-
-
 def asked(report):
     return int(0.6 * (report["weights"] - 1)) + 1
 
@@ -204,7 +204,7 @@ def zeros(report):
 
 
 def test_lrr_trains_in_cycles(tmp_path):
-    config = of_method("lrr", **{"lrr.keep": 0.4})
+    config = tiny(**{"sparsity.method": "lrr", "lrr.keep": 0.4})
     report = train.train_and_evaluate(config, tmp_path)
     assert zeros(report) == asked(report)
     assert report["steps"] == 22 * 2 * 2  # one pruning, two cycles, no fine-tuning
@@ -217,14 +217,15 @@ def test_lrr_trains_in_cycles(tmp_path):
 
 
 def test_granet_grows_and_prunes(tmp_path):
-    config = of_method("granet", **{"sparsity.update_every_steps": 10})
+    fields = {"sparsity.method": "granet", "sparsity.update_every_steps": 10}
+    config = tiny(**fields)
     report = train.train_and_evaluate(config, tmp_path)
     assert asked(report) <= zeros(report) <= asked(report) + 20  # some just grown
     assert report["steps"] == 22 * 2
 
 
 def test_probmask_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    config = of_method("probmask")
+    config = tiny(**{"sparsity.method": "probmask"})
     report = train.train_and_evaluate(config, tmp_path / "whole")
     assert zeros(report) == asked(report)
     train_and_interrupt(config, tmp_path / "parts", monkeypatch)

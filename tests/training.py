@@ -1,24 +1,29 @@
 """The training program on its smallest network, here or in its own process."""
 
 import sys
+import warnings
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
 
-import checkpoints
 import digits_st3
 import train
+from data.sources import Data
+from job.build import assemble
+from job.settings import settle
+from workdir import checkpoints
 
 TINY = {  # two epochs and one of fine-tuning, in seconds
     "seed": 3,
     "model.width": 4,
     "num_epochs": 2,
-    "fine_tune_epochs": 1,
-    "sparsity.begin_epoch": 0.0,
-    "sparsity.end_epoch": 1.0,
-    "sparsity.final": 0.6,
+    "defaults.common.fine_tune_epochs": 1,  # of methods without their own
+    "defaults.common.sparsity.begin_epoch": 0.0,
+    "defaults.common.sparsity.end_epoch": 1.0,
+    "defaults.common.sparsity.final": 0.6,
     "eval_every_epochs": 1,
     "checkpoint_every_epochs": 1.0,
 }
@@ -29,6 +34,24 @@ def tiny(**overrides) -> config_dict.ConfigDict:
     config = digits_st3.get_config()
     config.update_from_flattened_dict(TINY | overrides)
     return config
+
+
+def parsed(*arguments):
+    """The configuration that these flags of ``train.py`` ask for."""
+    values = flags.FlagValues()
+    command = ["train.py", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    with warnings.catch_warnings():  # ml_collections loads files in an old way
+        warnings.simplefilter("ignore", DeprecationWarning)
+        rest = values(command)
+    assert rest == ["train.py"]
+    return values.config
+
+
+def stand_in(config, classes=10, steps_per_epoch=22):
+    """The job of a configuration, with nothing in the place of its images."""
+    images = [None] * (steps_per_epoch * config.batch_size)
+    return assemble(settle(config), Data(images, [], classes))
 
 
 def command(workdir, **overrides):

@@ -26,15 +26,11 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from harness import EXPERIMENTS, run_main
+from step_timing import Step, in_turn
 
-HERE = pathlib.Path(__file__).resolve().parent
-EXPERIMENTS = HERE.parent
-sys.path[:0] = [str(HERE), str(EXPERIMENTS)]
-
-from step_timing import Step, in_turn  # noqa: E402
-
-import fashion_mnist_st3  # noqa: E402  a neighbour of this folder
+import fashion_mnist_st3
 
 RESULTS = EXPERIMENTS / "results"
 
@@ -292,5 +288,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

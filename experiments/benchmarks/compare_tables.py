@@ -15,12 +15,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib as mpl
-from absl import app, flags
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from compare_methods import (  # noqa: E402  a neighbour of this file
+from absl import flags
+from compare_methods import (
     ABLATED,
     ABLATION_SEEDS,
     METHODS,
@@ -30,9 +26,10 @@ from compare_methods import (  # noqa: E402  a neighbour of this file
     ablation_row,
     read_rows,
 )
+from harness import run_main
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
+import matplotlib.pyplot as plt
 
 NAME = flags.DEFINE_enum(
     "study", "compare_methods", ["compare_methods", "compare_methods_quick"], "Which."
@@ -269,4 +266,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -19,27 +19,21 @@ it ends with, and no accuracy belongs to any of the four.
 """
 
 import functools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import app, logging
+from harness import run_main
 from rich.console import Console
 from rich.table import Table
 
+import base_config
+import imagenet_st3
+import paths
 import st3jax
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import base_config  # noqa: E402  a neighbour of this folder
-import imagenet_st3  # noqa: E402
-from costs import abstract_variables, kernel_costs  # noqa: E402
-from models import create_model  # noqa: E402
-from st3jax.trees import prunable_leaves  # noqa: E402
+from job.costs import abstract_variables, kernel_costs
+from models import create_model
 
 
 class Network(NamedTuple):
@@ -152,7 +146,7 @@ def weights_and_cost(network: Network) -> tuple[int, int]:
     )
     model = create_model(config, network.classes)
     variables, _ = abstract_variables(model, config)
-    kernels = prunable_leaves(variables["params"])
+    kernels = paths.kernels(variables["params"])
     costs = kernel_costs(model, config)
     return (
         sum(kernel.size for kernel in kernels.values()),
@@ -197,7 +191,7 @@ def fresh_kernels() -> tuple[dict[str, jax.Array], dict[str, int]]:
         compiler_options={"xla_backend_optimization_level": 0},
     )
     variables = init(jax.random.key(config.seed), jnp.zeros((1, 32, 32, 3)))
-    return prunable_leaves(variables["params"]), kernel_costs(model, config)
+    return paths.kernels(variables["params"]), kernel_costs(model, config)
 
 
 def pruned_costs() -> dict[str, dict[float, float]]:
@@ -264,5 +258,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

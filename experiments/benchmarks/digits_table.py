@@ -12,14 +12,11 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, logging
+from harness import run_main
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import digits_st3  # noqa: E402  a neighbour of this folder
-import train  # noqa: E402
-from errors import Stopped  # noqa: E402
+import digits_st3
+import train
+from errors import Stopped
 
 FOLDER = pathlib.Path("runs", "digits_table")
 SEEDS = (0, 1, 2)
@@ -37,8 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "1:4": {"final": 0.75, "pattern": "1:4", "dense": ("stem/*",)},
     "blocks of 4x1, 75 %": {
         "final": 0.75,
-        "pattern": "block",
-        "block_shape": (4, 1),
+        "pattern": "4x1",
         "dense": ("stem/*",),
     },
 }
@@ -83,5 +79,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

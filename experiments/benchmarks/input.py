@@ -28,18 +28,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+from harness import run_main
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import data_sources  # noqa: E402  a neighbour of this folder
-import decoding  # noqa: E402
-import imagenet_st3  # noqa: E402
-import input_pipeline  # noqa: E402
+import imagenet_st3
+from data import decoding, input_pipeline, sources
 
 TENSORFLOW = flags.DEFINE_string("tensorflow", "", "A Python with TensorFlow, if any.")
 IMAGES = flags.DEFINE_integer("images", 256, "How many to make.")
@@ -216,7 +212,7 @@ def whole_input(folder: pathlib.Path, workers: int) -> Iterator[Turn]:
     config.data.name, config.data.dir = "folder", str(folder)
     config.data.test_split = "val"
     config.data.workers, config.batch_size = workers, BATCH
-    data = data_sources.load(config)
+    data = sources.load(config)
     batches = input_pipeline.train_batches(data, config, start=0)
 
     def turn() -> float:
@@ -293,4 +289,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -24,13 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags
+from harness import EXPERIMENTS, run_main
 
-EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(EXPERIMENTS))
-
-import checkpoints  # noqa: E402  a neighbour of this folder
-from monitor import read_metrics  # noqa: E402
+from workdir import checkpoints
+from workdir.monitor import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 50, "How often the runs are killed.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
@@ -213,5 +211,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

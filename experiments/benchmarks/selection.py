@@ -8,8 +8,6 @@ anything: they are printed as a table in Markdown. ``--weights=200000000`` times
 flat array of that many weights instead.
 """
 
-import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from harness import run_main
 
+import imagenet_st3
+from job.costs import abstract_variables, kernel_costs
+from models import create_model
+from paths import kernels
 from st3jax.selection import threshold
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import imagenet_st3  # noqa: E402  a neighbour of this folder
-from costs import abstract_variables, kernel_costs  # noqa: E402
-from models import create_model  # noqa: E402
-from st3jax.trees import prunable_leaves  # noqa: E402
 
 WEIGHTS = flags.DEFINE_integer("weights", 0, "Weights of one flat array; 0: ResNet-50.")
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each row.")
@@ -40,7 +35,7 @@ def resnet50_kernels() -> tuple[list[jax.Array], list[int]]:
     config = imagenet_st3.get_config()
     model = create_model(config, 1000)
     variables, _ = abstract_variables(model, config)
-    shapes = {k: v.shape for k, v in prunable_leaves(variables["params"]).items()}
+    shapes = {k: v.shape for k, v in kernels(variables["params"]).items()}
     costs = kernel_costs(model, config)
     rng = np.random.default_rng(0)
     leaves = [
@@ -119,5 +114,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

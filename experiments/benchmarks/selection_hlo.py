@@ -15,10 +15,10 @@ kernel on a GPU. Nothing is run: all numbers are computed.
 import collections
 import math
 import os
-import pathlib
 import re
-import sys
 from typing import Any, NamedTuple
+
+from harness import run_main
 
 # No accelerator is asked for: only its compiler is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,15 +29,12 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from models.resnet import imagenet_resnet  # noqa: E402  a neighbour of this folder
-from st3jax import bit_search, selection  # noqa: E402
+from models.resnet import imagenet_resnet
+from st3jax.selection import bit_search, quantile
 
 PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "To compile for.")
 DTYPE = flags.DEFINE_enum(
@@ -159,10 +156,10 @@ def report(devices: Any) -> str:
     """A row of the table, for the weights spread over these devices."""
     leaves = kernels(devices)
     # This process has other devices than those it compiles for.
-    selection._are_whole = lambda: len(devices) == 1
+    quantile._are_whole = lambda: len(devices) == 1
     replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
     near = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-    select = jax.jit(lambda w, near: selection.threshold(w, np.float32(0.9), near=near))
+    select = jax.jit(lambda w, near: quantile.threshold(w, np.float32(0.9), near=near))
     traced = select.trace(leaves, near)
     compiled = traced.lower(lowering_platforms=(PLATFORM.value,)).compile()
     program, entry = parse(compiled.as_text())
@@ -210,4 +207,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

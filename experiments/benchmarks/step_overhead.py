@@ -9,22 +9,16 @@ mean anything. ``--settings.sparsity.method=gmp`` takes another method than ST-3
 ResNet-50.
 """
 
-import pathlib
-import sys
-
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from harness import EXPERIMENTS, run_main
 from ml_collections import config_flags
+from step_timing import Step, in_turn
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-from step_timing import Step, in_turn  # noqa: E402
-
-import st3jax  # noqa: E402  folders are known now
+import st3jax
 
 CONFIG = config_flags.DEFINE_config_file(
-    "settings", str(HERE.parent / "cifar10_st3.py"), "Configuration file."
+    "settings", str(EXPERIMENTS / "cifar10_st3.py"), "Configuration file."
 )
 REPETITIONS = flags.DEFINE_integer("repetitions", 9, "Timed steps of each kind.")
 
@@ -48,5 +42,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

@@ -1,7 +1,5 @@
 """Whole training steps of a configuration, compiled and timed side by side."""
 
-import pathlib
-import sys
 import time
 from typing import Any
 
@@ -11,11 +9,10 @@ import ml_collections
 import numpy as np
 from flax import jax_utils
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-import base_config
-import steps
-from models import create_model
+from data.sources import Data
+from job import steps
+from job.build import assemble
+from job.settings import settle
 from models.layers import BATCH_AXIS
 
 __all__ = ["Step", "in_turn"]
@@ -27,16 +24,13 @@ class Step:
     """A compiled training step and the state it works on."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        """Compiles the step of a configuration, in the middle of its ramp."""
-        config = base_config.use_published(config.copy_and_resolve_references())
+        """Compiles the step of a configuration, in the middle of its ramp, if any."""
+        images: list[Any] = [None] * (STEPS_PER_EPOCH * config.batch_size)
+        job = assemble(settle(config), Data(images, [], num_classes=10))
+        config = job.config
         size, channels = config.data.image_size, len(config.data.mean)
-        state = steps.create_train_state(
-            ml_collections.FrozenConfigDict(config),
-            create_model(config, 10),
-            STEPS_PER_EPOCH,
-            costs={},
-        )
-        if config.sparsity.method != "none":
+        state = steps.create_train_state(config, job.model, job.tx)
+        if config.sparsity.begin_epoch is not None:
             middle = (config.sparsity.begin_epoch + config.sparsity.end_epoch) / 2
             count = jnp.array(round(middle * STEPS_PER_EPOCH), jnp.int32)
             state = state.replace(opt_state=state.opt_state._replace(count=count))
@@ -48,9 +42,8 @@ class Step:
             "valid": np.ones(shape[:2], bool),
         }
         self.state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
-        frozen = ml_collections.FrozenConfigDict(config)
         step = jax.pmap(
-            lambda state, batch: steps.train_step(state, batch, frozen),
+            lambda state, batch: steps.train_step(state, batch, config),
             BATCH_AXIS,
             donate_argnums=0,
         )

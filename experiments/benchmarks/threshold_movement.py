@@ -11,65 +11,55 @@ off they are, in parts of the ramp, and how often the first window of the select
 
 import functools
 import itertools
-import pathlib
-import sys
 
 import jax
 import ml_collections
 import numpy as np
-from absl import app, logging
 from flax import jax_utils
+from harness import EXPERIMENTS, run_main
 from ml_collections import config_flags
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from st3jax.keys import to_key  # noqa: E402
-
-import data_sources  # noqa: E402  a neighbour of this folder
-import input_pipeline  # noqa: E402
-import steps  # noqa: E402
-import train  # noqa: E402
-from models import create_model  # noqa: E402
-from models.layers import BATCH_AXIS  # noqa: E402
-from rates import total_steps  # noqa: E402
-from st3jax.selection import MARGIN  # noqa: E402
+import train
+from data import input_pipeline
+from job import steps
+from job.build import build
+from models.layers import BATCH_AXIS
+from st3jax.selection.quantile import MARGIN
 
 CONFIG = config_flags.DEFINE_config_file(
-    "settings", str(HERE.parent / "digits_st3.py"), "Configuration file."
+    "settings", str(EXPERIMENTS / "digits_st3.py"), "Configuration file."
 )
 
 
 def thresholds(config: ml_collections.ConfigDict) -> tuple[np.ndarray, int, int]:
     """The threshold after each step, and when the ramp begins and ends."""
-    data = data_sources.load(config)
-    steps_per_epoch = input_pipeline.steps_per_epoch(data, config)
-    model = create_model(config, data.num_classes)
-    state = steps.create_train_state(config, model, steps_per_epoch, costs={})
+    job = build(config)
+    config = job.config
+    state = steps.create_train_state(config, job.model, job.tx)
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
     step = jax.pmap(
         functools.partial(steps.train_step, config=config),
         BATCH_AXIS,
         donate_argnums=0,
     )
-    batches = input_pipeline.train_batches(data, config, start=0)
+    batches = input_pipeline.train_batches(job.data, config, start=0)
     found = []
-    for _ in range(total_steps(config, steps_per_epoch)):
+    for _ in range(job.steps):
         state, _ = step(state, train.split_over_devices(next(batches)))
         found.append(jax.tree.leaves(state.opt_state.thresholds)[0][0])
     sparsity = config.sparsity
     begin, end = sparsity.begin_epoch, sparsity.end_epoch
     return (
         np.stack(jax.device_get(found)),
-        round(begin * steps_per_epoch),
-        round(end * steps_per_epoch),
+        round(begin * job.steps_per_epoch),
+        round(end * job.steps_per_epoch),
     )
 
 
 def main(argv: list[str]) -> None:
     """Trains and prints the table."""
     del argv
-    t, begin, end = thresholds(ml_collections.FrozenConfigDict(CONFIG.value))
+    t, begin, end = thresholds(CONFIG.value)
     frozen = int(np.argmax(np.append(t[end:], 0) == 0)) + end
     edges = np.linspace(begin + 3, end, 5).astype(int)
     parts = {
@@ -86,7 +76,7 @@ def main(argv: list[str]) -> None:
         for guess, values in guesses.items():
             then = values[part.start - 2 : part.stop - 2]
             off = 100 * np.abs(then / now - 1)
-            keys = np.abs(np.asarray(to_key(then)) - np.asarray(to_key(now)))
+            keys = np.abs(then.view(np.int32) - now.view(np.int32))  # as floats count
             print(
                 f"| {name} | {guess} | {np.median(off):.3f} "
                 f"| {np.percentile(off, 95):.3f} | {np.mean(keys < MARGIN):.0%} |"
@@ -94,5 +84,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    run_main(main)

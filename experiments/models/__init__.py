@@ -4,6 +4,7 @@ All are without biases in convolutions and dense layers, with BatchNorm and ReLU
 global average pooling and one dense head, and He-normal fan-in initialisation.
 """
 
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
-    """The model that ``config.model`` describes: a name and the model's own arguments.
+    """The model that ``config.model`` describes: a name, and arguments if not ``None``.
 
     Args:
         config: The experiment's configuration.
@@ -37,12 +38,22 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modu
         ``[B, H, W, C]`` and float32 logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: If the name is unknown or an argument is out of its range.
+        ValueError: If the name is unknown, or an argument missing, not one of this
+            model's or out of its range.
     """
-    options = config.model.to_dict()
+    options = {k: value for k, value in config.model.items() if value is not None}
     name = options.pop("name")
     if name not in MODELS:
         raise ValueError(
             f"name is one of {', '.join(map(repr, sorted(MODELS)))}, got {name!r}"
         )
+    known = inspect.signature(MODELS[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(
+                f"{option} is {value!r}, but {name!r} has no {option}: leave it out"
+            )
+    for option in known.keys() - options.keys() - {"num_classes"}:
+        if known[option].default is inspect.Parameter.empty:
+            raise ValueError(f"{option} is missing, which {name!r} needs")
     return MODELS[name](num_classes=num_classes, **options)

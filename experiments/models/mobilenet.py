@@ -30,13 +30,13 @@ class MobileNetV1(nn.Module):
     A depthwise kernel has the shape ``[3, 3, 1, C]``: one filter for each channel.
 
     Attributes:
-        width: Share of the published channels that each layer has, rounded down.
+        multiplier: Share of the published channels that each layer has, rounded down.
         num_classes: Outputs of the head.
         norm_momentum: Share of the old running statistics that BatchNorm keeps a step.
         dtype: Dtype of the computation; parameters are float32.
     """
 
-    width: float
+    multiplier: float
     num_classes: int
     norm_momentum: float
     dtype: Any
@@ -45,7 +45,7 @@ class MobileNetV1(nn.Module):
     def __call__(self, images: Any, train: bool) -> Any:
         """Logits of shape ``[B, num_classes]`` for images ``[B, H, W, C]``."""
         bn = norm(self.dtype, self.norm_momentum, train)
-        x = conv(self.dtype, int(STEM * self.width), 3, 2, name="stem")(images)
+        x = conv(self.dtype, int(STEM * self.multiplier), 3, 2, name="stem")(images)
         x = nn.relu(bn(name="stem_norm")(x))
         for block, (features, stride) in enumerate(BLOCKS):
             channels = x.shape[-1]
@@ -61,28 +61,28 @@ class MobileNetV1(nn.Module):
                 name=depthwise,
             )(x)
             x = nn.relu(bn(name=f"{depthwise}_norm")(x))
-            x = conv(self.dtype, int(features * self.width), 1, name=pointwise)(x)
+            x = conv(self.dtype, int(features * self.multiplier), 1, name=pointwise)(x)
             x = nn.relu(bn(name=f"{pointwise}_norm")(x))
         return head(self.dtype, self.num_classes, x)
 
 
 def mobilenet_v1(
     num_classes: int,
-    width: float = 1.0,
+    multiplier: float = 1.0,
     norm_momentum: float = 0.99,
     dtype: str = "float32",
 ) -> MobileNetV1:
     """MobileNetV1 of 28 layers, made thinner or wider by a factor.
 
     Raises:
-        ValueError: If ``width`` leaves the stem without a channel.
+        ValueError: If ``multiplier`` leaves the stem without a channel.
     """
-    if not 1 <= STEM * width < math.inf:
+    if not 1 <= STEM * multiplier < math.inf:
         raise ValueError(
-            f"the width of a MobileNetV1 is a factor of 1/{STEM} or more, got {width}"
+            f"the multiplier of a MobileNetV1 is 1/{STEM} or more, got {multiplier}"
         )
     return MobileNetV1(
-        width=width,
+        multiplier=multiplier,
         num_classes=num_classes,
         norm_momentum=norm_momentum,
         dtype=jnp.dtype(dtype),

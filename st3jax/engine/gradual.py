@@ -15,12 +15,12 @@ import optax
 
 from st3jax import ops
 from st3jax.checks import as_mapping, check_steps
-from st3jax.engine.step import first_count, sparse_transform
+from st3jax.engine.step import first_count, sparse_transform, where
 from st3jax.engine.updates import clear_state, hold_mask, step_onto
 from st3jax.rule.patterns import Pattern, input_axis, spread
 from st3jax.rule.rule import Rule, check_fits, check_schedules
-from st3jax.rule.thresholds import OFF, leaf_thresholds, select, select_nothing
-from st3jax.schedules import Sparsity, asks_for_zeros, at_step, ramp_ends
+from st3jax.rule.thresholds import OFF, leaf_thresholds, select
+from st3jax.schedules import Sparsity, at_step, ramp_ends
 from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
 from st3jax.selection.tally import tied_to
 from st3jax.trees import (
@@ -179,18 +179,14 @@ def gradual(
         return due
 
     def moved(count: jax.Array, thresholds: Any, params: Any) -> Any:
-        """The thresholds after ``count`` completed steps; no work while s = 0."""
+        """The thresholds after ``count`` completed steps."""
         s, due = at_step(sparsity, count), due_at(count)
         before = named_leaves(thresholds)
         every = named_leaves(params)
         # Compare what the next step will see, to the last bit.
         held = tied_to(count, [every[path] for path in before])
         leaves = dict(zip(before, held, strict=True))
-        selected = jax.lax.cond(
-            asks_for_zeros(s) & due,
-            lambda: select(rule, leaves, params, s, before),
-            lambda: select_nothing(rule, leaves, s),
-        )
+        selected = select(rule, leaves, params, s, before, needed=due)
         after = leaf_thresholds(rule, leaves, selected)
         if due is not True:
             after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
@@ -258,7 +254,7 @@ def gradual(
         if freeze_step is None:
             return updates, state
         frozen = state.count >= freeze_step
-        updates = jax.lax.cond(
+        updates = where(
             state.count == freeze_step,
             lambda: fixed(state, updates, params, stepped),
             lambda: updates,

@@ -5,6 +5,7 @@ what becomes of the updates. The order of things is here, once: checks at the do
 inner update, its rounding, the count.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from st3jax.trees import (
     prunable_leaves,
 )
 
-__all__ = ["State", "first_count", "sparse_transform"]
+__all__ = ["State", "first_count", "sparse_transform", "where"]
 
 
 class State(SparseState, Protocol):
@@ -47,6 +48,25 @@ class State(SparseState, Protocol):
 def first_count() -> jax.Array:
     """The number of completed steps before the first."""
     return jnp.zeros([], jnp.int32)
+
+
+def where(condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """One of two results; on a GPU both are computed.
+
+    There a branch makes the host wait for the condition, at every step: 5 ms of a step
+    of 25 ms on an H100, for work that takes a fraction of one.
+
+    Example:
+        >>> int(where(jnp.array(True), lambda: jnp.array(1), lambda: jnp.array(2)))
+        1
+    """
+
+    def both() -> Any:
+        return jax.tree.map(functools.partial(jnp.where, condition), yes(), no())
+
+    return jax.lax.platform_dependent(
+        cuda=both, rocm=both, default=lambda: jax.lax.cond(condition, yes, no)
+    )
 
 
 def sparse_transform(

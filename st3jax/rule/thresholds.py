@@ -17,7 +17,7 @@ from st3jax.selection.quantile import threshold
 from st3jax.selection.wide import wide
 from st3jax.trees import named_leaves
 
-__all__ = ["OFF", "leaf_thresholds", "select", "select_nothing"]
+__all__ = ["OFF", "leaf_thresholds", "select"]
 
 Leaves = Mapping[str, Any]
 OFF = -1.0
@@ -25,7 +25,13 @@ OFF = -1.0
 
 
 def select(
-    rule: Rule, leaves: Leaves, params: Any, sparsity: Any, near: Leaves | None = None
+    rule: Rule,
+    leaves: Leaves,
+    params: Any,
+    sparsity: Any,
+    near: Leaves | None = None,
+    *,
+    needed: jax.typing.ArrayLike = True,
 ) -> jax.Array:
     """What leaves a sparsity: one threshold on scores, or one for each leaf.
 
@@ -36,6 +42,7 @@ def select(
         sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
         near: Thresholds of leaves that these may be close to, such as those a step
             before; they change the time taken, never the result.
+        needed: Boolean scalar; where it is false, the result has no meaning.
 
     Returns:
         float64 if a prunable leaf is float64 and float32 otherwise, -1 where nothing is
@@ -46,19 +53,8 @@ def select(
     if rule.pattern.kind == "groups":
         return _share(rule, leaves, sparsity)
     if isinstance(sparsity, Mapping) or rule.distribution != "global":
-        return _of_each(rule, leaves, sparsity, near)
-    return _of_all(rule, leaves, params, sparsity, near)
-
-
-def select_nothing(rule: Rule, leaves: Leaves, sparsity: Any) -> jax.Array:
-    """The same where nothing is to go.
-
-    Example:
-        >>> select_nothing(Rule(), {"kernel": jnp.ones((2, 3))}, 0.0).item()
-        -1.0
-    """
-    own = isinstance(sparsity, Mapping) or rule.distribution != "global"
-    return jnp.full((len(leaves),) if own else (), OFF, _dtype(leaves))
+        return _of_each(rule, leaves, sparsity, near, needed)
+    return _of_all(rule, leaves, params, sparsity, near, needed)
 
 
 def leaf_thresholds(
@@ -91,7 +87,12 @@ def leaf_thresholds(
 
 
 def _of_all(
-    rule: Rule, leaves: Leaves, params: Any, sparsity: Any, near: Leaves | None
+    rule: Rule,
+    leaves: Leaves,
+    params: Any,
+    sparsity: Any,
+    near: Leaves | None,
+    needed: jax.typing.ArrayLike,
 ) -> jax.Array:
     """From one selection over all leaves."""
     most, costs = 1.0, None
@@ -106,6 +107,7 @@ def _of_all(
         {path: _scores(rule, w) for path, w in leaves.items()},
         fraction,
         near=next(hints, None),
+        needed=asked & needed,
         costs=costs,
         axis_name=rule.axis_name,
     )
@@ -123,7 +125,11 @@ def _of_prunable(sparsity: Any, most: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_each(
-    rule: Rule, leaves: Leaves, sparsity: Any, near: Leaves | None
+    rule: Rule,
+    leaves: Leaves,
+    sparsity: Any,
+    near: Leaves | None,
+    needed: jax.typing.ArrayLike,
 ) -> jax.Array:
     """From one selection a leaf, each for its own sparsity."""
     shapes = {path: jnp.shape(w) for path, w in leaves.items()}
@@ -134,13 +140,15 @@ def _of_each(
     def of_one(path: str, w: Any) -> jax.Array:
         if not w.size:
             return jnp.full([], OFF, dtype)
+        asked = _of_prunable(each[path], 1.0)[1]
         t = threshold(
             _scores(magnitudes, w),
             each[path],
             near=None if near is None else near[path],
+            needed=asked & needed,
             axis_name=rule.axis_name,
         )
-        return jnp.where(_of_prunable(each[path], 1.0)[1], t.astype(dtype), OFF)
+        return jnp.where(asked, t.astype(dtype), OFF)
 
     return jnp.stack([of_one(path, w) for path, w in leaves.items()])
 

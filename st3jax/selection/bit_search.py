@@ -31,6 +31,7 @@ JOINED = 32
 def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
+    needed: jax.Array,
     tally: Tally,
     *,
     platform: str,
@@ -41,6 +42,7 @@ def neighbours(
     Args:
         leaves: Arrays whose magnitudes count; all float64 or none.
         rank: int64 [], at least 0 and less than the size of the tally.
+        needed: bool [], whether to search at all; a GPU does in any case.
         tally: How the counts of the leaves add up.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``, which decides about speed alone.
         whole: Whether every leaf is one piece of memory on the device that computes.
@@ -79,7 +81,9 @@ def neighbours(
         return low | (jnp.sum(below & fits).astype(integer) << shift)
 
     start = _varying_as_counts(jnp.zeros([], integer), leaves, tally)
-    low = lax.fori_loop(0, reads, find_digit, start)
+    # On a GPU a number of turns that is not known needs the host, at every turn.
+    turns = reads if platform == "gpu" else jnp.where(needed, reads, 0)
+    low = lax.fori_loop(0, turns, find_digit, start)
     top = jnp.iinfo(integer).max
     found = keys(low)
     high = total.least([_least_above(key, low) for key in found])

@@ -101,6 +101,7 @@ def neighbours(
     leaves: list[jax.Array],
     rank: jax.Array,
     near: jax.Array,
+    needed: jax.Array,
     tally: Tally,
     *,
     margin: int,
@@ -111,6 +112,7 @@ def neighbours(
         leaves: Arrays whose magnitudes count, none of them float64.
         rank: int64 [], at least 0 and less than the size of the tally.
         near: float32 [], a threshold that may be close; not above 0 if there is none.
+        needed: bool [], whether to search at all.
         tally: How the counts of the leaves add up.
         margin: How far from it to look, in keys.
 
@@ -128,7 +130,7 @@ def neighbours(
     sample = _draw(leaves, tally) if many else None
 
     def unfinished(search: Search) -> jax.Array:
-        return search.high < 0
+        return needed & (search.high < 0)
 
     def look(search: Search) -> Search:
         bracket, guess = search.bracket, search.guess

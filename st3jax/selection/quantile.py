@@ -43,6 +43,7 @@ def threshold(
     fraction: jax.typing.ArrayLike,
     *,
     near: jax.typing.ArrayLike | None = None,
+    needed: jax.typing.ArrayLike = True,
     costs: Any = None,
     axis_name: AxisName = None,
 ) -> jax.Array:
@@ -71,6 +72,9 @@ def threshold(
             float64.
         near: Scalar that the threshold may be close to, such as the one a step before.
             It changes the time taken, never the result.
+        needed: Boolean scalar, concrete or traced. Where it is false the result has no
+            meaning, and most of the work is left out on a CPU. A GPU does it anyway,
+            since its host would have to wait for the answer at every step.
         costs: Pytree of whole numbers in the structure of ``scores``: what one score of
             each leaf counts for, such as its multiply-adds; 1 by default. Only their
             ratios matter.
@@ -116,7 +120,7 @@ def threshold(
         leaves = [widened(leaf) for leaf in leaves]
     near = jnp.asarray(-1 if near is None else near).astype(dtype)
     rank, gap = _position(fraction, size)
-    low, high = _neighbours(leaves, rank, near, tally)
+    low, high = _neighbours(leaves, rank, near, jnp.asarray(needed), tally)
     return _interpolate(low, high, gap.astype(dtype))
 
 
@@ -145,7 +149,11 @@ def _leaves_and_costs(
 
 
 def _neighbours(
-    leaves: list[jax.Array], rank: jax.Array, near: jax.Array, tally: Tally
+    leaves: list[jax.Array],
+    rank: jax.Array,
+    near: jax.Array,
+    needed: jax.Array,
+    tally: Tally,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
     whole = _are_whole()
@@ -154,15 +162,15 @@ def _neighbours(
         leaves, tally = _joined(leaves, tally)
 
     def by_bits(platform: str) -> Callable[..., Any]:
-        def found(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
+        def found(leaves: Any, rank: jax.Array, near: Any, needed: jax.Array) -> Any:
             return bit_search.neighbours(
-                leaves, rank, tally, platform=platform, whole=whole
+                leaves, rank, needed, tally, platform=platform, whole=whole
             )
 
         return found
 
-    def by_digits(leaves: Any, rank: jax.Array, near: jax.Array) -> Any:
-        return digit_search.neighbours(leaves, rank, near, tally, margin=MARGIN)
+    def by_digits(leaves: Any, rank: jax.Array, near: Any, needed: jax.Array) -> Any:
+        return digit_search.neighbours(leaves, rank, near, needed, tally, margin=MARGIN)
 
     digits_fit = whole and not few and near.dtype == jnp.float32
     on_gpu = by_bits("gpu")
@@ -170,6 +178,7 @@ def _neighbours(
         leaves,
         rank,
         near,
+        needed,
         cpu=by_digits if digits_fit else by_bits("cpu"),
         cuda=on_gpu,
         rocm=on_gpu,

@@ -1,20 +1,34 @@
 """The sparse-training methods, each from its fields of a configuration."""
 
 import fnmatch
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-import base_config
 import st3jax
-from rates import learning_rate
+from job.rates import learning_rate
 
-__all__ = ["DENSE_WITHIN", "METHODS"]
+__all__ = ["DENSE_WITHIN", "METHODS", "Method"]
 
 DENSE_WITHIN = ("st3", "ste", "gmp", "probmask", "str_")
 """Methods whose raw weights are dense until the mask is fixed."""
+
+
+class Method(NamedTuple):
+    """A method.
+
+    Attributes:
+        make: From an optimizer, the configuration, the steps of an epoch and the costs
+            of weights to the optimizer of the whole run, gradient clipping included.
+        fields: Those of ``config.sparsity`` that it has, beside all of the section that
+            is called as it is.
+    """
+
+    make: Callable[..., Any]
+    fields: tuple[str, ...]
 
 
 def _clipped(inner: Any, config: Any) -> Any:
@@ -24,28 +38,52 @@ def _clipped(inner: Any, config: Any) -> Any:
 
 def _prunable(config: Any) -> Any:
     def prunable(path: str, leaf: Any) -> bool:
-        patterns = config.sparsity.dense
-        dense = any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        dense = any(fnmatch.fnmatchcase(path, one) for one in config.sparsity.dense)
         return st3jax.is_kernel(path, leaf) and not dense
 
     return prunable
 
 
-def _ramps(config: Any, steps_per_epoch: int) -> Any:
-    """The ramp to the final sparsity, or one for each path pattern."""
+def _ramp(config: Any, steps_per_epoch: int, final: float) -> optax.Schedule:
     sparsity = config.sparsity
+    return st3jax.polynomial_ramp(
+        final,
+        begin=round(sparsity.begin_epoch * steps_per_epoch),
+        end=round(sparsity.end_epoch * steps_per_epoch),
+        power=sparsity.power,
+    )
 
-    def ramp(final: float) -> optax.Schedule:
-        return st3jax.polynomial_ramp(
-            final,
-            begin=round(sparsity.begin_epoch * steps_per_epoch),
-            end=round(sparsity.end_epoch * steps_per_epoch),
-            power=sparsity.power,
+
+def _ramps(config: Any, steps_per_epoch: int) -> Any:
+    """The ramp to the final sparsity, or one for each path."""
+    layers = config.sparsity.layers
+    if not layers:
+        return _ramp(config, steps_per_epoch, config.sparsity.final)
+    if not all(isinstance(layer, tuple) and len(layer) == 2 for layer in layers):
+        raise ValueError(f"layers are pairs of a path and its final, got {layers!r}")
+    return {path: _ramp(config, steps_per_epoch, final) for path, final in layers}
+
+
+def _rule(config: Any, costs: dict[str, int]) -> dict[str, Any]:
+    """Which weights go first: what the methods with a threshold share."""
+    sparsity = config.sparsity
+    names = ("criterion", "distribution")
+    return {
+        **{name: sparsity[name] for name in names if sparsity[name] is not None},
+        "costs": costs if sparsity.budget == "multiply_adds" else None,
+        "pattern": _pattern(sparsity.pattern),
+    }
+
+
+def _pattern(text: str) -> str | tuple[int, ...] | None:
+    """N:M as it is; a block as its shape."""
+    if re.fullmatch(r"\d+(x\d+)*", text):
+        return tuple(map(int, text.split("x")))
+    if text and not re.fullmatch(r"\d+:\d+", text):
+        raise ValueError(
+            f"pattern is N:M such as '2:4', or a block such as '4x8', got {text!r}"
         )
-
-    if not sparsity.layers:
-        return ramp(sparsity.final)
-    return {pattern: ramp(final) for pattern, final in sparsity.layers}
+    return text or None
 
 
 def _dense(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
@@ -53,45 +91,35 @@ def _dense(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     return _clipped(inner, config)
 
 
-def _thresholded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """How a method with a threshold is made: all but its own options."""
+def _thresholded(
+    method: Callable[..., Any], own: Callable[[Any], dict[str, Any]] = lambda config: {}
+) -> Callable[..., Any]:
+    """How a method with a threshold is made, with options of its own."""
 
-    def make(
-        inner: Any, config: Any, steps_per_epoch: int, costs: Any, **own: Any
-    ) -> Any:
-        sparsity = config.sparsity
+    def make(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
         return method(
             _clipped(inner, config),
             _ramps(config, steps_per_epoch),
-            criterion=sparsity.criterion,
-            distribution=sparsity.distribution,
-            budget=sparsity.budget,
-            costs=costs if sparsity.budget == "multiply_adds" else None,
-            pattern=sparsity.pattern or None,
-            block_shape=tuple(sparsity.block_shape) or None,
             prunable=_prunable(config),
-            update_every=sparsity.update_every_steps,
+            update_every=config.sparsity.update_every_steps,
             freeze_step=config.num_epochs * steps_per_epoch,
-            **own,
+            **_rule(config, costs),
+            **own(config),
         )
 
     return make
 
 
-def _st3(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    names = ("soft", "rescale", "straight_through")
-    own = {name: config.sparsity[name] for name in names}
-    return _thresholded(st3jax.st3)(inner, config, steps_per_epoch, costs, **own)
+def _st3_options(config: Any) -> dict[str, Any]:
+    return {name: config.sparsity[name] for name in INGREDIENTS}
 
 
-def _gmp(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    make = _thresholded(st3jax.gmp)
-    return make(inner, config, steps_per_epoch, costs, sticky=config.gmp.sticky)
+def _gmp_options(config: Any) -> dict[str, Any]:
+    return {"sticky": config.gmp.sticky}
 
 
 def _lrr(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     del costs
-    _check_plain(config)
     return st3jax.lrr(
         _clipped(inner, config),
         config.sparsity.final,
@@ -103,12 +131,11 @@ def _lrr(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
 
 def _probmask(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     del costs
-    _check_plain(config)
     steps = config.num_epochs * steps_per_epoch
     rate = optax.cosine_decay_schedule(config.probmask.learning_rate, steps)
     return st3jax.probmask(
         inner,
-        _ramps(config, steps_per_epoch),
+        _ramp(config, steps_per_epoch, config.sparsity.final),
         key=_key(config),
         freeze_step=steps,
         probability_optimizer=optax.adam(rate),
@@ -120,10 +147,9 @@ def _probmask(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
 
 def _granet(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     del costs
-    _check_plain(config)
     return st3jax.granet(
         _clipped(inner, config),
-        _ramps(config, steps_per_epoch),
+        _ramp(config, steps_per_epoch, config.sparsity.final),
         total_steps=config.num_epochs * steps_per_epoch,
         update_every=config.sparsity.update_every_steps,
         drop=config.granet.drop,
@@ -136,7 +162,6 @@ def _granet(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
 
 def _rigl(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     del costs
-    _check_plain(config, "distribution")
     return st3jax.rigl(
         _clipped(inner, config),
         config.sparsity.final,
@@ -152,7 +177,6 @@ def _rigl(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
 
 def _set(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     del costs
-    _check_plain(config, "distribution")
     return st3jax.set_(
         _clipped(inner, config),
         config.sparsity.final,
@@ -168,7 +192,6 @@ def _set(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
 def _str(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     """The sparsity emerges, from the decay of the thresholds' own numbers."""
     del costs
-    _check_plain(config)
     return st3jax.str_(
         _clipped(inner, config),
         threshold_optimizer=optax.chain(
@@ -188,27 +211,22 @@ def _key(config: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def _check_plain(config: Any, *known: str) -> None:
-    """Raises if a field is set that the method knows nothing of."""
-    plain = base_config.get_config().sparsity
-    for name in ("criterion", "distribution", "budget", "layers", "pattern"):
-        if name not in known and config.sparsity[name] != plain[name]:
-            raise ValueError(
-                f"method {config.sparsity.method!r} has no {name}, got "
-                f"{config.sparsity[name]!r}: the methods 'st3', 'ste' and 'gmp' have"
-            )
+INGREDIENTS = ("soft", "rescale", "straight_through")
+RAMP = ("dense", "final", "begin_epoch", "end_epoch", "power")
+RULE = ("criterion", "distribution", "budget", "layers", "pattern")
+THRESHOLD = (*RAMP, *RULE, "update_every_steps")
+REGROWTH = ("dense", "final", "distribution", "update_every_steps")
 
-
-METHODS: dict[str, Callable[[Any, Any, int, Any], Any]] = {
-    "none": _dense,
-    "st3": _st3,
-    "ste": _thresholded(st3jax.ste),
-    "gmp": _gmp,
-    "lrr": _lrr,
-    "probmask": _probmask,
-    "granet": _granet,
-    "rigl": _rigl,
-    "set_": _set,
-    "str_": _str,
+METHODS = {
+    "none": Method(_dense, ()),
+    "st3": Method(_thresholded(st3jax.st3, _st3_options), (*THRESHOLD, *INGREDIENTS)),
+    "ste": Method(_thresholded(st3jax.ste), THRESHOLD),
+    "gmp": Method(_thresholded(st3jax.gmp, _gmp_options), THRESHOLD),
+    "lrr": Method(_lrr, ("dense", "final")),
+    "probmask": Method(_probmask, RAMP),
+    "granet": Method(_granet, (*RAMP, "update_every_steps")),
+    "rigl": Method(_rigl, REGROWTH),
+    "set_": Method(_set, REGROWTH),
+    "str_": Method(_str, ("dense",)),
 }
-"""How ``config.sparsity.method`` wraps the optimizer, gradient clipping included."""
+"""The methods by ``config.sparsity.method``."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import ml_collections
 import tensorflow_datasets as tfds
 
-from builders.digits import Digits
-from decoding import BrokenImage, resized_centre
+from data.builders.digits import Digits
+from data.decoding import BrokenImage, resized_centre
 from errors import UserError
 
 __all__ = ["Data", "load"]

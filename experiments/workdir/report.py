@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 import st3jax
-from methods import METHODS
-from monitor import read_metrics
-from rates import cycles, total_steps
+from job.build import Job
+from job.rates import cycles, total_steps
+from workdir.monitor import read_metrics
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,52 +23,54 @@ __all__ = ["print_settings", "write_report"]
 ACCURACY, SPARSITY, GRID = "#1f5fa8", "#c8501e", "#dddddd"
 
 
-def print_settings(
-    console: Console, config: ml_collections.ConfigDict, facts: dict[str, Any]
-) -> None:
-    """What is about to run, before it runs."""
+def print_settings(console: Console, job: Job, facts: dict[str, Any]) -> None:
+    """What is about to run, before it runs: every field that is of use."""
     table = Table(title="settings", show_header=False, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, str(value))
     table.add_section()
-    unused = {"published", *METHODS} - {config.sparsity.method}
-    for name, value in config.items():
-        if name in unused:
-            continue
-        if isinstance(value, ml_collections.ConfigDict):
-            text = ", ".join(
-                f"{key} {item}" for key, item in value.items() if item != ""
-            )
+    for name, value in job.config.items():
+        if not isinstance(value, ml_collections.ConfigDict):
+            text = _shown(value, job.origins.get(name))
         else:
-            text = str(value)
-        table.add_row(name, text)
+            fields = (
+                (key, _shown(item, job.origins.get(f"{name}.{key}")))
+                for key, item in value.items()
+            )
+            text = ", ".join(f"{key} {shown}" for key, shown in fields if shown)
+        if text:
+            table.add_row(name, text)
     console.print(table)
+
+
+def _shown(value: Any, method: str | None) -> str:
+    """A field's value, and whose it is; nothing if it is of no use."""
+    if value in (None, "", ()):
+        return ""
+    return f"{value} ({method}'s own)" if method else str(value)
 
 
 def write_report(
     workdir: pathlib.Path,
     console: Console,
-    config: ml_collections.ConfigDict,
+    job: Job,
     params: Any,
-    costs: dict[str, int],
     tests: dict[str, float],
-    steps: int,
 ) -> dict[str, Any]:
     """Prints the table by layer and leaves ``report.json`` and figures in the workdir.
 
     Args:
         workdir: Where to write.
         console: Where to print.
-        config: The run's configuration.
+        job: What was trained.
         params: Effective weights at the end.
-        costs: From path to the multiply-adds of one weight, for one image.
         tests: Accuracies and losses on the test images, of the sparse network and of
             the moving average where there is one.
-        steps: Optimizer steps taken.
 
     Returns:
         What ``report.json`` holds.
     """
+    config, costs = job.config, job.costs
     summary = st3jax.summary(params)
     zeros = {path: int(layer.zeros) for path, layer in summary.layers.items()}
     total = int(summary.zeros)
@@ -85,7 +87,7 @@ def write_report(
         "dense_multiply_adds": sum(
             costs[path] * layer.weights for path, layer in summary.layers.items()
         ),
-        "steps": steps,
+        "steps": job.steps,
         "seed": config.seed,
         "layers": {
             path: {

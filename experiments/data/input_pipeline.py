@@ -17,8 +17,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from data_sources import Data, broken
-from decoding import BrokenImage, random_resized_crop, resized_centre
+from data.decoding import BrokenImage, random_resized_crop, resized_centre
+from data.sources import Data, broken
 
 __all__ = ["steps_per_epoch", "test_batches", "train_batches"]
 

@@ -1,24 +1,13 @@
 """The optimizer of a configuration: weight decay, SGD, sparse-training method."""
 
-from typing import Any
-
-import jax
 import ml_collections
 import optax
 
 import st3jax
-from methods import METHODS
-from rates import learning_rate
-from st3jax.trees import path_name
+from job.methods import METHODS
+from job.rates import learning_rate
 
 __all__ = ["make_optimizer"]
-
-
-def kernels(params: Any) -> Any:
-    """Which parameters weight decay acts on."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: st3jax.is_kernel(path_name(path), leaf), params
-    )
 
 
 def make_optimizer(
@@ -36,7 +25,7 @@ def make_optimizer(
     """
     sgd = config.optimizer
     inner = optax.chain(
-        optax.add_decayed_weights(sgd.weight_decay, mask=kernels),
+        optax.add_decayed_weights(sgd.weight_decay, mask=st3jax.kernel_mask),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=sgd.momentum),
     )
-    return METHODS[config.sparsity.method](inner, config, steps_per_epoch, costs)
+    return METHODS[config.sparsity.method].make(inner, config, steps_per_epoch, costs)

@@ -48,6 +48,8 @@ def learning_rate(
         rewound = trained + config.fine_tune_epochs
         fine_tunes = (epoch >= trained) & (epoch < rewound)
         epoch = jnp.where(epoch < rewound, epoch % config.num_epochs, epoch - rewound)
+        if not config.fine_tune_epochs:
+            return by_epoch(epoch)
         return jnp.where(fine_tunes, rate.fine_tune, by_epoch(epoch))
 
     return by_step

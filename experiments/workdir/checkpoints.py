@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from errors import UserError
-from st3jax.trees import named_leaves
+from paths import by_path
 
 __all__ = [
     "claim_workdir",
@@ -272,7 +272,7 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+    return {name: tuple(leaf.shape) for name, leaf in by_path(tree).items()}
 
 
 def _from_first_process(tree: Any) -> Any:

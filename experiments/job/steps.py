@@ -14,11 +14,10 @@ import optax
 from flax.training import train_state
 
 import st3jax
-from augmentation import augment, normalise
-from methods import DENSE_WITHIN
+from job.augmentation import augment, normalise
+from job.methods import DENSE_WITHIN
 from models.layers import BATCH_AXIS
-from optimizers import make_optimizer
-from st3jax.trees import is_kernel, named_leaves, path_name
+from paths import by_path
 
 __all__ = [
     "TrainState",
@@ -47,16 +46,14 @@ class TrainState(train_state.TrainState):
 def create_train_state(
     config: ml_collections.ConfigDict,
     model: nn.Module,
-    steps_per_epoch: int,
-    costs: dict[str, int],
+    tx: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
     """Fresh parameters and optimizer for a seed.
 
     Args:
-        config: The experiment's configuration.
+        config: The settings of the run.
         model: Its model.
-        steps_per_epoch: Optimizer steps in an epoch.
-        costs: From path to the multiply-adds of one weight.
+        tx: Its optimizer.
 
     Returns:
         The state before the first step.
@@ -74,7 +71,7 @@ def create_train_state(
     state = TrainState.create(
         apply_fn=model.apply,
         params=params,
-        tx=make_optimizer(config, steps_per_epoch, costs),
+        tx=tx,
         batch_stats=batch_stats,
         # A copy: buffers that are donated must not be shared.
         ema=jax.tree.map(jnp.copy, averaged) if config.ema_decay else {},
@@ -125,14 +122,14 @@ def train_step(
 
 def _watched(batch_stats: Any, grads: Any) -> list[Any]:
     """What shows where numbers stop being finite: statistics first, then gradients."""
-    return [*named_leaves(batch_stats).values(), *named_leaves(grads).values()]
+    return [*by_path(batch_stats).values(), *by_path(grads).values()]
 
 
 def finite_names(state: TrainState) -> list[str]:
     """Names for what ``train_step``'s ``finite`` tells of."""
     return [
-        *(f"the activations at {name}" for name in named_leaves(state.batch_stats)),
-        *(f"the gradient of {name}" for name in named_leaves(state.params)),
+        *(f"the activations at {name}" for name in by_path(state.batch_stats)),
+        *(f"the gradient of {name}" for name in by_path(state.params)),
     ]
 
 
@@ -231,10 +228,11 @@ def eval_variables(
     if config.ema_decay:
         networks["ema_test"] = {
             **state.ema,
-            "params": jax.tree_util.tree_map_with_path(
-                lambda path, average, now: jnp.where(
-                    is_kernel(path_name(path), now) & (now == 0), 0, average
+            "params": jax.tree.map(
+                lambda kernel, average, now: (
+                    jnp.where(now == 0, 0, average) if kernel else average
                 ),
+                st3jax.kernel_mask(sparse),
                 state.ema["params"],
                 sparse,
             ),

@@ -1,0 +1,1 @@
+"""From a configuration to what trains: network, optimizer, method, steps."""

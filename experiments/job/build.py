@@ -1,0 +1,103 @@
+"""A job: all that a run is made of, from its configuration and its data."""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+import optax
+
+from data import sources
+from data.input_pipeline import steps_per_epoch
+from errors import UserError
+from job.costs import abstract_variables, kernel_costs
+from job.optimizers import make_optimizer
+from job.rates import learning_rate, total_steps
+from job.settings import Settings, settle
+from models import create_model
+from paths import kernels
+
+__all__ = ["Job", "assemble", "build"]
+
+
+class Job(NamedTuple):
+    """What trains.
+
+    Attributes:
+        config: The settings: every field that is of use has its value.
+        origins: From a field to whose value it has where that is the method's own.
+        data: The images.
+        model: The network.
+        costs: From path to the multiply-adds of one weight, for one image.
+        tx: The optimizer, wrapped in the sparse-training method.
+        steps_per_epoch: Optimizer steps in an epoch.
+        steps: Optimizer steps of the whole run.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    origins: dict[str, str]
+    data: sources.Data
+    model: nn.Module
+    costs: dict[str, int]
+    tx: optax.GradientTransformationExtraArgs
+    steps_per_epoch: int
+    steps: int
+
+
+def build(config: ml_collections.ConfigDict) -> Job:
+    """The job of a configuration; its data set is opened, and nothing is trained.
+
+    Args:
+        config: A configuration with the fields of ``base_config.py``.
+
+    Raises:
+        UserError: If the configuration or the data is not usable.
+    """
+    settings = settle(config)
+    return assemble(settings, sources.load(settings.config))
+
+
+def assemble(settings: Settings, data: sources.Data) -> Job:
+    """The job of settings and the data that goes with them.
+
+    Raises:
+        UserError: If they do not make one.
+    """
+    config = settings.config
+    epoch = steps_per_epoch(data, config)
+    with _told("model"):
+        model = create_model(config, data.num_classes)
+        params = abstract_variables(model, config)[0]["params"]
+        costs = kernel_costs(model, config)
+    with _told("sparsity"):
+        _check_dense(config, params)
+        steps = total_steps(config, epoch)
+    with _told("learning_rate"):
+        jax.eval_shape(learning_rate(config, epoch), 0)
+    with _told("sparsity"):
+        tx = make_optimizer(config, epoch, costs)
+        jax.eval_shape(tx.init, params)
+    return Job(config, settings.origins, data, model, costs, tx, epoch, steps)
+
+
+@contextlib.contextmanager
+def _told(section: str) -> Iterator[None]:
+    """Says of which section of the configuration something cannot be built."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"config.{section}: {error}") from error
+
+
+def _check_dense(config: ml_collections.ConfigDict, params: Any) -> None:
+    """Every path of ``config.sparsity.dense`` is that of a kernel."""
+    names = list(kernels(params))
+    for path in config.sparsity.dense or ():
+        if not any(fnmatch.fnmatchcase(name, path) for name in names):
+            raise ValueError(
+                f"the path {path!r} of dense matches no kernel: there are "
+                f"{', '.join(names[:3])} and {len(names) - 3} more"
+            )

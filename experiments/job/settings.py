@@ -1,0 +1,271 @@
+"""From the fields that somebody set to those that a run has: each of use, or ``None``.
+
+A field that is set counts, by whatever door: in a file, on the command line, from
+Python. One that is ``None`` has the value that ``config.defaults`` holds for the
+method, or else the one for all methods. What is of no use under the other settings is
+``None`` in the end, and an error if it was set.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+import base_config
+from errors import UserError
+from job.methods import DENSE_WITHIN, METHODS
+
+__all__ = ["Settings", "settle"]
+
+CHOICES = {
+    "learning_rate.schedule": ("step", "cosine"),
+    "data.augmentation": ("none", "shift", "resized_crop"),
+    "data.broken_images": ("stop", "skip"),
+    "not_finite": ("stop", "skip"),
+    "sparsity.budget": ("weights", "multiply_adds"),
+}
+AT_LEAST = {
+    "seed": 0,
+    "batch_size": 1,
+    "num_epochs": 1,
+    "fine_tune_epochs": 0,
+    "log_every_steps": 1,
+    "eval_every_epochs": 1,
+    "accumulate_steps": 1,
+    "ema_decay": 0,
+    "label_smoothing": 0,
+    "data.image_size": 1,
+    "data.workers": 0,
+    "data.shift_pixels": 0,
+    "optimizer.momentum": 0,
+    "optimizer.weight_decay": 0,
+    "learning_rate.peak": 0,
+    "learning_rate.warmup_epochs": 0,
+    "learning_rate.drop_factor": 0,
+    "learning_rate.fine_tune": 0,
+    "probmask.learning_rate": 0,
+    "str_.weight_decay": 0,
+}
+ABOVE: dict[str, float] = {"checkpoint_every_epochs": 0, "optimizer.clip_norm": 0}
+BELOW: dict[str, float] = {
+    "seed": 2**32,
+    "ema_decay": 1,
+    "label_smoothing": 1,
+    "optimizer.momentum": 1,
+    "checkpoint_every_epochs": math.inf,
+}
+
+
+class Settings(NamedTuple):
+    """What a run is to do.
+
+    Attributes:
+        config: The configuration, where a field without use is ``None``.
+        origins: From a field to whose value it has where that is the method's own.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    origins: dict[str, str]
+
+
+class Need(NamedTuple):
+    """What a field needs to be of use.
+
+    Attributes:
+        other: Another field.
+        met: Whether a value of that one is such.
+        words: Which values are such.
+    """
+
+    other: str
+    met: Callable[[Any], bool]
+    words: str
+
+
+def _one_of(other: str, *choices: Any) -> Need:
+    words = " or ".join(map(repr, choices))
+    return Need(other, choices.__contains__, words)
+
+
+NEEDS = [
+    ("data.workers", _one_of("data.in_memory", False)),
+    ("data.shift_pixels", _one_of("data.augmentation", "shift")),
+    ("learning_rate.warmup_epochs", _one_of("learning_rate.schedule", "cosine")),
+    ("learning_rate.drop_epochs", _one_of("learning_rate.schedule", "step")),
+    ("learning_rate.drop_factor", _one_of("learning_rate.schedule", "step")),
+    ("learning_rate.fine_tune", Need("fine_tune_epochs", lambda x: x != 0, "above 0")),
+    ("eval_dense", _one_of("sparsity.method", *DENSE_WITHIN)),
+    ("sparsity.final", _one_of("sparsity.layers", ())),
+    # It compares weights of different layers.
+    ("sparsity.criterion", _one_of("sparsity.layers", ())),
+    ("sparsity.criterion", _one_of("sparsity.distribution", "global")),
+    (
+        "sparsity.criterion",
+        Need("sparsity.pattern", lambda x: ":" not in x, "'' or a block"),
+    ),
+]
+"""Fields and what they need, beside those of methods."""
+
+
+def settle(config: ml_collections.ConfigDict) -> Settings:
+    """The settings of a run, from a configuration that somebody wrote.
+
+    Args:
+        config: A configuration with the fields of ``base_config.py``.
+
+    Raises:
+        UserError: With the field, its value and what it may be.
+    """
+    known = base_config.get_config()
+    _check_fields(config, known, "config")
+    given = _flat({k: v for k, v in config.items() if k != "defaults"})
+    method = given["sparsity.method"]
+    _check_choice("sparsity.method", method, tuple(METHODS))
+    common, own = _defaults(config, known)
+    values = {
+        field: _first(value, own.get(field), common.get(field))
+        for field, value in given.items()
+    }
+    for field, choices in CHOICES.items():
+        _check_choice(field, values[field], choices)
+    values = _useful(given, values)
+    _check_numbers({field: x for field, x in values.items() if x is not None})
+    origins = {
+        field: method
+        for field in own
+        if given[field] is None and values[field] is not None
+    }
+    return Settings(ml_collections.FrozenConfigDict(_nested(values)), origins)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _defaults(
+    config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config.defaults``: what all methods share, and what the method's own are."""
+    for method in config.defaults:
+        _check_choice("defaults", method, ("common", *METHODS))
+    _check_fields(config.defaults.common, known.defaults.common, "defaults.common")
+    common = _flat(config.defaults.common)
+    own = _flat(config.defaults.get(config.sparsity.method, {}))
+    if "ramp" in own:
+        begin, end = (share * config.num_epochs for share in own.pop("ramp"))
+        own = {"sparsity.begin_epoch": begin, "sparsity.end_epoch": end, **own}
+    for field in own.keys() - common.keys():
+        raise UserError(
+            f"config.defaults.{config.sparsity.method}.{field} is the default of no "
+            "field: config.defaults.common in base_config.py has all that have one"
+        )
+    return common, own
+
+
+def _useful(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with ``None`` for those of no use; an error if one was given."""
+    values = dict(values)
+    for field, need in [*_needs_of_methods(given), *NEEDS]:
+        if values[need.other] is None or need.met(values[need.other]):
+            continue
+        if given[field] is not None:
+            raise UserError(
+                f"config.{field} is {given[field]!r}, but does nothing while "
+                f"config.{need.other} is {values[need.other]!r}, only where that is "
+                f"{need.words}: leave it out, or let a file set "
+                f"config.defaults.common.{field}"
+            )
+        values[field] = None
+    return values
+
+
+def _needs_of_methods(fields: Iterable[str]) -> Iterator[tuple[str, Need]]:
+    """Which methods each field of a method needs."""
+    for field in fields:
+        section, _, name = field.rpartition(".")
+        if section in METHODS:
+            yield field, _one_of("sparsity.method", section)
+        elif section == "sparsity" and name != "method":
+            having = [key for key, method in METHODS.items() if name in method.fields]
+            yield field, _one_of("sparsity.method", *having)
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise UserError(f"config.{field} is one of {listed}, got {value!r}")
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    for field, least in AT_LEAST.items():
+        if field in values and not values[field] >= least:
+            raise UserError(f"config.{field} is {least} or more, got {values[field]}")
+    for field, bound in ABOVE.items():
+        if not values[field] > bound:
+            raise UserError(f"config.{field} is above {bound}, got {values[field]}")
+    for field, bound in BELOW.items():
+        if not values[field] < bound:
+            raise UserError(f"config.{field} is below {bound}, got {values[field]}")
+    channels = len(values["data.mean"])
+    if channels not in (1, 3) or len(values["data.std"]) != channels:
+        raise UserError(
+            "config.data.mean and config.data.std have a number for each channel, 1 or "
+            f"3, got {channels} and {len(values['data.std'])}"
+        )
+    if not all(std > 0 for std in values["data.std"]):
+        raise UserError(f"config.data.std is above 0, got {values['data.std']}")
+    devices, parts = jax.device_count(), values["accumulate_steps"]
+    if values["batch_size"] % (devices * parts):
+        accumulated = f" in {parts} accumulated parts" if parts > 1 else ""
+        raise UserError(
+            f"config.batch_size {values['batch_size']} cannot be split evenly over "
+            f"{devices} devices{accumulated}: make it a multiple of {devices * parts}"
+        )
+    if values["data.in_memory"] and values["data.augmentation"] == "resized_crop":
+        raise UserError(
+            "config.data.in_memory keeps images as large as the network's input, and "
+            "config.data.augmentation 'resized_crop' needs them whole: choose one"
+        )
+    if values["second_cycle"] and values["sparsity.method"] == "lrr":
+        raise UserError(
+            "config.second_cycle rewinds the rates once, and method 'lrr' does so for "
+            "each cycle: choose one"
+        )
+
+
+def _check_fields(config: Any, known: Any, where: str) -> None:
+    """Every field is one of ``base_config.py``."""
+    for name in known:
+        if name not in config:
+            raise UserError(f"{where}.{name} is missing: start from base_config.py")
+    for name, value in config.items():
+        if name not in known:
+            raise UserError(
+                f"{where}.{name} is not a field of a configuration: {where} has "
+                f"{', '.join(sorted(known))}"
+            )
+        if isinstance(known[name], ml_collections.ConfigDict) and name != "defaults":
+            _check_fields(value, known[name], f"{where}.{name}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of nested configurations with dots in their names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, ml_collections.ConfigDict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """What ``_flat`` made flat."""
+    tree: dict[str, Any] = {}
+    for field, value in flat.items():
+        *sections, name = field.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
