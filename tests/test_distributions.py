@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -504,28 +502,6 @@ def test_a_global_distribution_trains_as_none_at_all(criterion):
     assert any(zeros[n] not in asked(SIZES[n], FINAL) for n in KERNELS)
 
 
-def pick(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
-
-
-@each_rule
-def test_pmap_trains_every_replica_as_one_device(rule):
-    tx, _ = usual(rule)
-    update = jax.pmap(tx.update, devices=jax.devices()[:2])
-
-    def both(tree):
-        return jax.tree.map(lambda x: jnp.stack([x] * 2), tree)
-
-    params, opt_state = both(network(5)), both(tx.init(network(5)))
-    for i in range(END):
-        updates, opt_state = update(both(gradients(i)), opt_state, params)
-        params = optax.apply_updates(params, updates)
-    for replica in range(2):
-        ours, state = pick(jax.device_get((params, opt_state)), replica)
-        assert_identical(ours, usual_run(rule)[END - 1][0])
-        assert_identical(state.thresholds, usual_run(rule)[END - 1][1].thresholds)
-
-
 SPECS = {"middle": P("a", "b"), "wide": P(None, ("a", "b"))}
 
 
@@ -586,32 +562,6 @@ def test_shards_by_hand_train_to_the_bits_of_one_device(rule):
     else:
         found, expected = counts(ours[-1][0]), expected_at(rule, FREEZE)
         assert {n: found[n] for n in found if found[n] not in expected[n]} == {}
-
-
-@pytest.mark.parametrize("completed", [3, FREEZE + 1])
-@each_rule
-def test_flax_serialization_restores_every_bit(rule, completed):
-    saved = usual_run(rule)[completed - 1]
-    fresh = jax.device_get((network(5), usual(rule)[0].init(network(5))))
-    data = serialization.to_bytes(saved)
-    assert_identical(serialization.from_bytes(fresh, data), saved)
-
-
-@each_rule
-def test_orbax_restores_every_bit_and_training_goes_on(rule, tmp_path):
-    tx, update = usual(rule)
-    saved = jax.device_put(usual_run(rule)[3])
-    template = jax.eval_shape(lambda: (network(5), tx.init(network(5))))
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(4, args=ocp.args.StandardSave(saved))
-        manager.wait_until_finished()
-        restored = manager.restore(4, args=ocp.args.StandardRestore(template))
-    assert_identical(restored, saved)
-    params, opt_state = restored
-    for i in range(4, FREEZE + 2):
-        updates, opt_state = update(gradients(i), opt_state, params)
-        params = optax.apply_updates(params, updates)
-        assert_identical(jax.device_get((params, opt_state)), usual_run(rule)[i])
 
 
 # Bad use

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -1110,110 +1109,6 @@ def test_sharded_weights_train_as_on_one_device(name, kind):
         sharded = jax.device_get(compiled(placed))
         assert "all-gather" not in compiled.as_text()
     assert_identical(sharded, jax.device_get(cut(weights_of())))
-
-
-@pytest.mark.parametrize("name", ["tiles"])
-def test_pmap_with_replicated_weights_equals_one_device(name):
-    tx, _ = usual(name)
-    step = jax.pmap(make_step(tx), devices=jax.devices()[:2])
-    both = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * 2))
-    params, opt_state = both(weights_of()), both(tx.init(weights_of()))
-    for i, alone in enumerate(usual_run(name)):
-        params, opt_state = step(params, opt_state, both(weights_of(100 + i)))
-        together = jax.device_get((params, opt_state))
-        one, other = (jax.tree.map(lambda x, j=j: x[j], together) for j in range(2))
-        assert_identical(one, other)
-        assert_close(one, alone)
-        assert_identical(zero_set(finalize(*one)), zero_set(finalize(*alone)))
-
-
-@each_composed
-def test_an_ensemble_under_vmap_equals_training_each_model(name):
-    tx, _ = usual(name)
-    step = jax.jit(jax.vmap(make_step(tx), (0, 0, None)))
-    params = jax.tree.map(lambda *x: jnp.stack(x), weights_of(0), weights_of(1))
-    opt_state = jax.vmap(tx.init)(params)
-    for i in range(FREEZE + 2):
-        params, opt_state = step(params, opt_state, weights_of(100 + i))
-        together = jax.device_get((params, opt_state))
-        for seed in range(2):
-            one = jax.tree.map(lambda x, j=seed: x[j], together)
-            assert_close(one, usual_run(name, seed)[i])
-            alone = finalize(*usual_run(name, seed)[i])
-            assert_identical(zero_set(finalize(*one)), zero_set(alone))
-
-
-@each_composed
-def test_a_scan_over_steps_equals_a_python_loop(name):
-    tx, _ = usual(name)
-    step = make_step(tx)
-
-    def body(carry, target):
-        carry = step(*carry, target)
-        return carry, carry
-
-    targets = jax.tree.map(
-        lambda *x: jnp.stack(x), *(weights_of(100 + i) for i in range(FREEZE + 2))
-    )
-    carry = weights_of(), tx.init(weights_of())
-    _, run = jax.jit(lambda *args: jax.lax.scan(body, *args))(carry, targets)
-    for i, alone in enumerate(usual_run(name)):
-        one = jax.device_get(jax.tree.map(lambda x, i=i: x[i], run))
-        assert_close(one, alone)
-        assert_identical(zero_set(finalize(*one)), zero_set(finalize(*alone)))
-
-
-@each_composed
-def test_nothing_is_compiled_twice_across_ramp_and_freeze(name):
-    tx, _ = usual(name)
-    traced = []
-
-    def counted(params, opt_state, target):
-        traced.append(name)
-        return make_step(tx)(params, opt_state, target)
-
-    step = jax.jit(counted)
-    trajectory(tx, weights_of(), FREEZE + 3, step)
-    assert traced == [name]
-    assert step._cache_size() == 1
-
-
-@pytest.mark.parametrize("completed", [0, 3, FREEZE + 1])
-@each_composed
-def test_flax_serialization_restores_every_bit(name, completed):
-    tx, _ = usual(name)
-    fresh = jax.device_get((weights_of(), tx.init(weights_of())))
-    saved = usual_run(name)[completed - 1] if completed else fresh
-    restored = serialization.from_bytes(fresh, serialization.to_bytes(saved))
-    assert_identical(restored, saved)
-    assert_identical(finalize(*restored), finalize(*saved))
-
-
-@each_composed
-def test_orbax_restores_every_bit_and_training_goes_on(tmp_path, name):
-    tx, step = usual(name)
-    saved = jax.device_put(usual_run(name)[2])
-    template = jax.eval_shape(lambda: (weights_of(), tx.init(weights_of())))
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(3, args=ocp.args.StandardSave(saved))
-        manager.wait_until_finished()
-        restored = manager.restore(3, args=ocp.args.StandardRestore(template))
-    assert_identical(restored, saved)
-    for i in range(3, FREEZE + 2):
-        restored = step(*restored, weights_of(100 + i))
-        assert_identical(jax.device_get(restored), usual_run(name)[i])
-
-
-@each_composed
-def test_a_chain_and_multi_steps_around_it_train_to_the_pattern(name):
-    tx, _ = usual(name)
-    wrapped = optax.MultiSteps(optax.chain(optax.identity(), tx), 2)
-    run = jax.device_get(trajectory(wrapped, weights_of(), 2 * FREEZE + 2))
-    assert_exact(finalize(*run[2 * END - 1]), name)
-    fixed = run[2 * FREEZE - 1][0]
-    assert_exact(fixed, name)
-    assert_identical(zero_set(run[-1][0]), zero_set(fixed))
-    assert not any(zeros.any() for zeros in zero_set(run[2 * FREEZE - 2][0]).values())
 
 
 @each_composed

@@ -834,17 +834,6 @@ def assert_same_types(a, b):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize(("name", "dtype"), RUNS)
-def test_eval_shape_of_init_and_update_tells_the_state(name, dtype):
-    tx, params = METHODS[name](DECAYED), network(dtype=dtype)
-    state = tx.init(params)
-    shapes = jax.eval_shape(lambda x: x, state)
-    assert jax.eval_shape(tx.init, params) == shapes
-    updates, updated = jax.eval_shape(tx.update, params, state, params)
-    assert updated == shapes
-    assert updates == jax.eval_shape(lambda x: x, params)
-
-
 def test_float64_and_mixed_weights_are_pruned_together():
     with jax.enable_x64(True):
         params = network(dtype=jnp.float64)
