@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 import st3jax
 from st3jax.selection.quantile import threshold
@@ -587,6 +588,26 @@ def test_equal_costs_prune_as_no_costs():
         jax.tree.map(
             np.testing.assert_array_equal, prune(params, sparsity, same), expected
         )
+
+
+def test_costs_and_sparsities_may_be_those_of_a_configuration():
+    """A ConfigDict is no mapping by its type, and forgets the order of its keys."""
+    params = network(1)
+    expected = st3jax.prune(params, 0.7, costs=USES)
+    pruned = st3jax.prune(params, 0.7, costs=ConfigDict(USES))
+    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    shares = {"Conv_0/*": 0.2, "head*": 0.9, "*": 0.5}
+    found = [st3jax.prune(params, one) for one in (shares, ConfigDict(shares))]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    zeros = [float((x == 0).mean()) for x in kernels(found[1])]
+    np.testing.assert_allclose(zeros, [0.2, 0.5, 0.9], atol=0.1)
+    for options in ({"costs": USES}, {"sparsity": shares}):
+        states = []
+        for kind in (dict, ConfigDict):
+            chosen = {"sparsity": 0.7} | {k: kind(v) for k, v in options.items()}
+            tx = st3jax.st3(SGD, **chosen)
+            states.append(jax.jit(tx.update)(params, tx.init(params), params)[1])
+        jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_no_share_prunes_nothing_and_the_whole_share_everything():
