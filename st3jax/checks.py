@@ -174,7 +174,7 @@ def check_positive(value: Any, name: str) -> None:
     """
     if not _is_real(value):
         raise TypeError(f"{name} is a number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is a number above 0, got {value}")
 
 
