@@ -5,12 +5,12 @@
     weights = st3jax.finalize(params, opt_state)                  # exact zeros, to ship
 
 Another method is another name in the first line: ``ste``, ``gmp``, ``lrr``,
-``probmask``, ``granet``, ``rigl``, ``set_`` or ``str_``. NNX models use
-:mod:`st3jax.nnx`, imported by name; new methods are built from :mod:`st3jax.ops` and
+``probmask``, ``granet``, ``rigl``, ``set_`` or ``str_``. NNX models have the same two
+functions in :mod:`st3jax.nnx`; new methods are built from :mod:`st3jax.ops` and
 :mod:`st3jax.selection`.
 """
 
-from st3jax import ops, selection
+from st3jax import nnx, ops, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
 from st3jax.engine.gradual import ThresholdState
 from st3jax.engine.regrowth import RegrowthState
@@ -49,6 +49,7 @@ __all__ = [
     "lrr",
     "lrr_cycles",
     "multiply_adds",
+    "nnx",
     "ops",
     "polynomial_ramp",
     "probmask",

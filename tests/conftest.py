@@ -1,9 +1,14 @@
 """Eight simulated devices, programs compiled once a run, and a bound on memory."""
 
+import gc
 import os
 import tempfile
 
+import hypothesis
 import pytest
+
+# The same examples everywhere, however busy the machine.
+hypothesis.settings.load_profile("ci")
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 HALF_WRITTEN = "ignore:Error reading persistent compilation cache entry"
@@ -39,3 +44,4 @@ def clear_caches():
 
     yield
     jax.clear_caches()
+    gc.collect()  # so that no file is told of what another left behind

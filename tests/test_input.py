@@ -1,6 +1,7 @@
 """The input: which images, in which order, whoever reads them; and broken ones."""
 
 import contextlib
+import gc
 import io
 import types
 
@@ -154,6 +155,21 @@ def test_images_that_fill_no_batch_wait_for_another_epoch(folder):
     assert len({x.tobytes() for b in batches for x in b["image"]}) == TRAIN
 
 
+@pytest.fixture
+def no_garbage_collection():
+    """Keeps it from freeing the semaphores of workers while others are started.
+
+    From within its list of semaphores, Python's ``multiprocessing`` can not be asked to
+    strike one off, and warns.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_worker_processes_make_the_same_batches(folder):
     flags.FLAGS.mark_as_parsed()  # as the program does
     config = configure(folder)

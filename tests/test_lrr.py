@@ -281,7 +281,7 @@ def test_one_ramp_and_a_rewound_cycle_stay_at_the_target(sticky):
 # The number of cycles
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(sparsity=st.floats(0, 0.9999), keep=st.floats(0.01, 0.97))
 @example(sparsity=0.0, keep=0.8)
 @example(sparsity=0.2, keep=0.8)

@@ -367,8 +367,9 @@ def test_donated_buffers_are_distinct_and_give_the_same_bits(name):
         assert len(set(pointers(given))) == len(pointers(given))
         now = step(*given, make_batch(i))
         params, opt_state = now.params, now.opt_state
-        assert given[0]["first"]["kernel"].is_deleted()
-        assert_identical(jax.device_get(now), plain)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        # NumPy looks at copies: a buffer that it looks at may not be given away.
+        assert_identical(jax.tree.map(jnp.copy, now), plain)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(spare))
 
 

@@ -1,9 +1,11 @@
 """What kills, damage, full disks and spoiled numbers leave of a run."""
 
 import contextlib
+import gc
 import io
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -17,7 +19,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
+from programs import train_checked
 from rich.console import Console
 from training import command, last_state, leaves, same_bits, tiny
 
@@ -29,13 +33,27 @@ from job import steps
 from workdir import checkpoints, monitor
 
 STEPS = 66
-# Of many arrays that cannot be read, Orbax raises for one, and is gone when the others
-# want to tell.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
-)
+# What Orbax leaves behind where it fails: of many arrays that cannot be read it raises
+# for one, and its loop is closed when the others want to tell; and of arrays of which
+# one is of a kind that it does not know, it never asks for the metadata of the others.
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:(?s)Exception ignored in. None.*Event loop is closed"
+        ":pytest.PytestUnraisableExceptionWarning"
+    ),
+    pytest.mark.filterwarnings(
+        r"ignore:coroutine '\w+Handler\.metadata' was never awaited:RuntimeWarning"
+    ),
+]
 
 SPEED = ("images_per_second", "input_wait")
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage():
+    """What a test leaves behind is told under its own filters, not in a later test."""
+    yield
+    gc.collect()
 
 
 # A small tree, saved and read again.
@@ -163,6 +181,14 @@ def test_other_bits_than_were_written_are_damage(three_saves):
         assert expect_the_same_or_the_one_before(workdir) == 2
 
 
+def test_an_array_of_an_unknown_kind_is_damage(three_saves):
+    with copied(three_saves) as workdir:
+        path = workdir / "checkpoints" / "3" / "state" / "_METADATA"
+        before, _, after = path.read_text().rpartition("np.ndarray")
+        path.write_text(f"{before}np.ndarraz{after}")
+        assert expect_the_same_or_the_one_before(workdir) == 2
+
+
 def test_only_damaged_checkpoints_end_in_one_sentence(three_saves):
     with copied(three_saves) as workdir:
         for step in ("2", "3"):
@@ -203,6 +229,16 @@ def test_steps_after_a_damaged_checkpoint_are_saved_again(three_saves):
             checkpoints.save(manager, 3, small(3))
             checkpoints.wait(manager)
         assert expect_the_same_or_the_one_before(workdir) == 3
+
+
+def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    asked = []
+    question = "reached_preemption_sync_point"
+    monkeypatch.setattr(multihost_utils, question, asked.append)
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        checkpoints.save(manager, 1, small(1))
+        checkpoints.wait(manager)
+    assert asked == []
 
 
 # Other files in the workdir.
@@ -322,6 +358,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
             patch.setenv(name.upper(), str(value))
+        # On some processors XLA refuses, with a page of their features, what it kept.
+        patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         yield folder
     for name, value in before.items():
         jax.config.update(name, value)
@@ -367,6 +405,18 @@ def names(workdir):
     return {x.name for x in folder.iterdir()} if folder.is_dir() else set()
 
 
+def checked(fate, workdir, overrides):
+    """What starts the same run, to which something happens at a step."""
+    python, program, *arguments = command(workdir, **overrides)
+    experiments = pathlib.Path(program).parent
+    path = f"{experiments.parent}{os.pathsep}{experiments}"
+    return {
+        "args": [python, train_checked.__file__, fate, *arguments],
+        "env": os.environ | {"PYTHONPATH": path},
+        "text": True,
+    }
+
+
 def at_step(monkeypatch, number, act):
     """From now on ``act`` is done to the batch of this step."""
     train_batches = input_pipeline.train_batches
@@ -383,23 +433,21 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(
     undisturbed, overrides, tmp_path
 ):
     run = subprocess.Popen(
-        command(tmp_path, **overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        **checked("hold22", tmp_path, overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
     def saving():
-        now = names(tmp_path)
-        return any(x.isdigit() for x in now) and not all(x.isdigit() for x in now)
+        return any(x.startswith("22.") for x in names(tmp_path))
 
-    while run.poll() is None:
-        if saving():
-            run.send_signal(signal.SIGSTOP)
-            if saving():  # still, and for good
-                run.kill()
-            run.send_signal(signal.SIGCONT)
+    while run.poll() is None and not saving():
         time.sleep(0.001)
-    output = run.communicate()[0].decode()
+    run.kill()
+    output = run.communicate()[0]
     assert run.returncode == -signal.SIGKILL, output
     assert saving()
+    assert "11" in names(tmp_path)
     assert not (tmp_path / "report.json").exists()
     train.train_and_evaluate(tiny(**overrides), tmp_path)
     assert all(x.isdigit() for x in names(tmp_path))
@@ -410,21 +458,14 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_another_time(
     undisturbed, overrides, tmp_path, monkeypatch, capsys
 ):
-    run = subprocess.Popen(
-        command(tmp_path, **overrides),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    run = subprocess.run(
+        **checked("terminate12", tmp_path, overrides), capture_output=True
     )
-    while run.poll() is None and not monitor.read_metrics(tmp_path):
-        time.sleep(0.001)
-    run.terminate()
-    stdout, stderr = run.communicate()
     assert run.returncode == 0
-    assert stderr == "\nstopping after this step; once more ends at once\n"
+    assert run.stderr == "\nstopping after this step; once more ends at once\n"
     step = max(int(x) for x in names(tmp_path))
     told = f"asked to stop: saved after step {step} of {STEPS}; the same command goes"
-    assert told in " ".join(stdout.split())
+    assert told in " ".join(run.stdout.split())
 
     def interrupt(batch):
         os.kill(os.getpid(), signal.SIGINT)

@@ -97,6 +97,19 @@ def replace_file(path: pathlib.Path, text: str) -> None:
     os.replace(draft, path)
 
 
+class _Checkpoints(ocp.CheckpointManager):
+    """Leaves it to the training loop to ask whether all processes are to stop.
+
+    JAX takes the step of the last such question for how far a process has come. One
+    about the step that is still being written, from the thread that writes, may have
+    all of them stop after a step that this process has left behind.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """The newest two checkpoints of the workdir, written in the background."""
     me = jax.process_index()
@@ -105,7 +118,7 @@ def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     )
     folder = workdir.resolve() / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(
+    return _Checkpoints(
         folder,
         options=ocp.CheckpointManagerOptions(
             create=False,

@@ -228,14 +228,9 @@ def gradual(
 
     def fixed(state: ThresholdState, updates: Any, params: Any, stepped: Any) -> Any:
         """Updates that take the raw weights to their effective values."""
-
-        def onto(t: Any, u: Any, w: Any, now: Any, then: Any) -> jax.Array:
-            there = (then == now) & (to_key(then) != 0)
-            return jnp.where(there, u, step_onto(w, then, u.dtype))
-
         effective = state.effective_params(stepped)
         return map_where_prunable(
-            onto, state.thresholds, updates, params, stepped, effective
+            _onto, state.thresholds, updates, params, stepped, effective
         )
 
     def land(
@@ -271,6 +266,15 @@ def gradual(
         gradients=gradients if masks else None,
         prunable=prunable,
     )
+
+
+@jax.jit
+def _onto(
+    _: jax.Array, u: jax.Array, w: jax.Array, now: jax.Array, then: jax.Array
+) -> jax.Array:
+    """The update of a leaf onto its effective weights, as it is if it leads there."""
+    there = (then == now) & (to_key(then) != 0)
+    return jnp.where(there, u, step_onto(w, then, u.dtype))
 
 
 def _smallest_number(t: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ An Optax update is added to a weight, and the sum rounds. Zeros have to come out
 and a kept weight must not become zero by rounding, or the mask would change.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def clear_state(inner_state: Any, kept: Any) -> Any:
     return jax.tree_util.tree_map_with_path(clear, inner_state)
 
 
+@jax.jit  # of arrays of one shape, traced once; so the next ones
 def pin(update: jax.Array, count: jax.Array) -> jax.Array:
     """The update, rounded to its dtype before anything is added to it.
 
@@ -86,6 +88,7 @@ def _off_zero(w: jax.Array, update: jax.Array, sign: jax.Array) -> jax.Array:
     return jnp.where(to_key(_land(w, update)) == 0, aside, update)
 
 
+@jax.jit
 def hold_mask(w: jax.Array, update: jax.Array, hold: jax.Array) -> jax.Array:
     """The update under a fixed mask: zeros stay zero, others never become zero.
 
@@ -107,6 +110,7 @@ def hold_mask(w: jax.Array, update: jax.Array, hold: jax.Array) -> jax.Array:
     return jnp.where(hold, held, update)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def step_onto(w: jax.Array, target: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The update that takes a weight to its target.
 

@@ -7,9 +7,9 @@ sample says) holds it, and the next one is 254 times narrower: two rounds, five 
 seven reads. Guesses decide only about speed. What is known is exact: the bracket of
 keys that holds the rank, and how many keys lie below each of its ends.
 
-The digits of all arrays that count alike lie in one buffer, so that counting is
-compiled once, however many arrays there are. Counts run over tiles with one counter a
-lane, since XLA on a CPU would write an array of all comparisons before summing them.
+The digits of small arrays lie in one buffer, so that counting is compiled for a few
+buffers, however many arrays there are. Counts run over tiles with one counter a lane,
+since XLA on a CPU would write an array of all comparisons before summing them.
 """
 
 import functools
@@ -31,6 +31,7 @@ TILE = 8192  # elements counted at a time, one counter each
 FLUSH = 127  # tiles until a counter of one byte could overflow
 SAMPLE = 65_536  # elements looked at for the first guess, of 16 times as many or more
 SMOOTH = 1 << 18  # in brackets up to this width, keys are taken to lie evenly
+ALONE = 32  # a leaf with more than this part of all elements is counted by itself
 AHEAD = LEVELS << 8  # how far the key that follows is looked for at first
 
 
@@ -195,12 +196,7 @@ def _narrow(
     # Tied to the bracket, or the keys of all leaves would be computed before the loop
     # and kept: as much memory again as the arrays.
     held = tied_to(start, leaves)
-    kinds = tally.kinds()
-    digits = [
-        jnp.concatenate([_digits(held[i], start, shift) for i in alike])
-        for alike in kinds.values()
-    ]
-    tally = Tally(*(tuple(part) for part in zip(*kinds, strict=True)))
+    digits, tally = _buffers([_digits(leaf, start, shift) for leaf in held], tally)
 
     def set_bit(i: jax.Array, found: Any) -> Any:
         digit, below, above = found
@@ -326,6 +322,19 @@ def _digits(leaf: jax.Array, start: jax.Array, shift: jax.Array) -> jax.Array:
         to_key(leaf) - start, jnp.broadcast_to(shift, leaf.shape)
     )
     return (jnp.clip(level, -1, LEVELS) - 127).astype(jnp.int8).reshape(-1)
+
+
+def _buffers(digits: list[jax.Array], tally: Tally) -> tuple[list[jax.Array], Tally]:
+    """The digits to count: of large leaves as they are, of others in one buffer."""
+    large = sum(d.size for d in digits) // ALONE
+    buffers, kinds = [], []
+    for kind, alike in tally.kinds().items():
+        small = [digits[i] for i in alike if digits[i].size <= large]
+        joined = [jnp.concatenate(small)] if small else []
+        own = joined + [digits[i] for i in alike if digits[i].size > large]
+        buffers += own
+        kinds += [kind] * len(own)
+    return buffers, Tally(*(tuple(part) for part in zip(*kinds, strict=True)))
 
 
 def _count_below(digits: jax.Array, digit: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
-"""``train.py`` with its replicas checked, and a signal at a step.
+"""``train.py`` with its replicas checked, and a signal or a halt at a step.
 
 python tests/programs/train_checked.py FATE --config=... (flags of train.py)
 
 FATE is "end", or "kill" or "terminate" and the step after which that signal comes, as
-in "kill30". Prints a fingerprint of each state that is saved or reported.
+in "kill30", or "hold" and the step whose checkpoint is never finished: the program then
+waits for its end. Prints a fingerprint of each state that is saved or reported.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -32,10 +34,24 @@ def meet(fate):
         if kind in SIGNALS and len(taken) == int(step) + 1:
             os.kill(os.getpid(), SIGNALS[kind])
         if kind in SIGNALS and len(taken) > int(step):
-            time.sleep(0.2)  # word of the signal has to reach the other process
+            time.sleep(0.5)  # word of the signal has to reach the other process
         return split(batch)
 
     train.split_over_devices = send
+    if kind == "hold":
+        hold_checkpoint(step)
+
+
+def hold_checkpoint(step):
+    """Stops the writing of a step's checkpoint before it gets its name."""
+    rename = os.rename
+
+    def held(source, target, **options):
+        if os.path.basename(target) == step:
+            threading.Event().wait()
+        rename(source, target, **options)
+
+    os.rename = held
 
 
 def check_replicas():

@@ -51,9 +51,7 @@ def bits(params, opt_state):
 def main():
     """Joins the other process and trains on the devices of both."""
     address, process = sys.argv[1:]
-    jax.distributed.initialize(
-        address, 2, int(process), initialization_timeout=60, shutdown_timeout_seconds=60
-    )
+    jax.distributed.initialize(address, 2, int(process))
     assert jax.device_count() == 4
     assert jax.local_device_count() == 2
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
