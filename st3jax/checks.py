@@ -35,7 +35,8 @@ def is_concrete(value: Any) -> bool:
 def as_mapping(value: Any) -> Mapping[str, Any] | None:
     """The value as a dictionary if it is a mapping of any kind, else ``None``.
 
-    A ``ConfigDict`` of ml_collections is one, though not by its type.
+    A ``ConfigDict`` of ml_collections is one, though not by its type. It sorts its
+    keys, by which ``"*"`` would come before all other paths: here the longest is first.
 
     Example:
         >>> as_mapping({"*": 0.9}), as_mapping(0.9)
@@ -44,7 +45,8 @@ def as_mapping(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, Mapping):
         return value
     if hasattr(value, "keys") and hasattr(value, "__getitem__"):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118  no iterator
+        keys = sorted(value.keys(), key=lambda key: (-len(key), key))
+        return {key: value[key] for key in keys}
     return None
 
 
@@ -172,7 +174,7 @@ def check_positive(value: Any, name: str) -> None:
     """
     if not _is_real(value):
         raise TypeError(f"{name} is a number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is a number above 0, got {value}")
 
 

@@ -69,6 +69,15 @@ def test_the_library_imports_no_data_no_checkpoints_and_no_tensorflow():
     assert run.stdout.strip() == "[]"
 
 
+def test_64_bit_mode_is_asked_for_in_one_place():
+    asking = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in SOURCES
+        if "x64" in path.read_text()
+    ]
+    assert asking == ["selection/wide.py"]
+
+
 def test_all_lists_are_sorted():
     for module in (st3jax, *MODULES):
         assert sorted(module.__all__) == sorted(set(module.__all__))

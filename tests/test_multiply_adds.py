@@ -256,7 +256,7 @@ def test_a_published_network_costs_what_is_published(name):
     assert cost / 1e6 == pytest.approx(expected, rel=close)
 
 
-def test_costs_are_those_that_a_budget_takes():
+def test_costs_are_those_that_a_sparsity_takes():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -268,7 +268,7 @@ def test_costs_are_those_that_a_budget_takes():
         lambda p, x: Model().apply({"params": p}, x), params, x
     )
     ramp = st3jax.polynomial_ramp(0.75, begin=0, end=1)
-    tx = st3jax.st3(optax.sgd(0.0), ramp, budget="multiply_adds", costs=costs)
+    tx = st3jax.st3(optax.sgd(0.0), ramp, costs=costs)
     _, opt_state = tx.update(params, jax.jit(tx.init)(params), params)
     pruned = st3jax.finalize(params, opt_state)
     layers = st3jax.summary(pruned).layers

@@ -20,6 +20,7 @@ soft = jax.jit(ops.soft_threshold)
 hard = jax.jit(ops.hard_threshold)
 each_threshold = pytest.mark.parametrize("op", [soft, hard], ids=["soft", "hard"])
 scale_of = jax.jit(ops.channel_scale)
+kept = jax.jit(ops.is_kept)
 rescaled = jax.jit(ops.rescale)
 
 
@@ -429,35 +430,52 @@ def test_the_result_never_outgrows_the_weights(op, small, large):
 
 
 @each_dtype
-def test_hold_zeros_returns_the_weights(dtype):
-    bits = np.random.default_rng(8).bytes(100 * dtype.itemsize)
-    w = np.frombuffer(bits, f"u{dtype.itemsize}").view(dtype)
-    with width(dtype):
-        for hold in (True, False):
-            assert_same_bits(ops.hold_zeros(w, hold), w)
+def test_is_kept_says_where_the_threshold_keeps(dtype):
+    @few
+    @given(weights_and_threshold(dtype))
+    def check(case):
+        w, t = case
+        with width(dtype):
+            found, off = kept(w, t), kept(w, -t)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, ~(np.abs(as_float64(w)) <= np.float64(t)))
+        assert off.all()
+
+    check()
 
 
 @each_dtype
-@pytest.mark.parametrize("hold", [True, False])
-def test_held_zeros_and_only_they_get_no_gradient(hold, dtype):
-    least = float(jnp.finfo(dtype).smallest_subnormal)
-    w = np.array([0.0, -0.0, least, -least, 1.0, np.nan, np.inf], dtype)
-    cotangent = np.arange(1.0, 8).astype(dtype)
+@each_threshold
+def test_what_is_not_kept_is_zero(op, dtype):
+    rng = np.random.default_rng(8)
+    w = np.concatenate([rng.normal(size=97), [0.0, -0.0, np.nan]]).astype(dtype)
     with width(dtype):
-        _, pull = jax.vjp(lambda w: ops.hold_zeros(w, hold), jnp.asarray(w))
-        (dw,) = pull(jnp.asarray(cotangent))
-    zero = np.arange(7) < 2
-    assert_same_bits(dw, np.where(hold & zero, np.zeros_like(w), cotangent))
+        for t in (0.3, 2.0):
+            np.testing.assert_array_equal(kept(w, t), as_float64(op(w, t)) != 0)
 
 
-def test_hold_zeros_works_per_example():
-    w, hold = jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([True, False])
+@each_dtype
+def test_the_model_sees_what_is_given_and_weights_get_its_gradient(dtype):
+    rng = np.random.default_rng(9)
+    w, cotangent = rng.normal(size=(2, 12)).astype(dtype)
+    bits = rng.bytes(12 * dtype.itemsize)
+    seen = np.frombuffer(bits, f"u{dtype.itemsize}").view(dtype)
+    with width(dtype):
+        result, pull = jax.vjp(ops.straight_through, jnp.asarray(w), jnp.asarray(seen))
+        dw, dseen = pull(jnp.asarray(cotangent))
+    assert_same_bits(result, seen)
+    assert_same_bits(dw, cotangent)
+    assert_same_bits(dseen, np.zeros_like(seen))
 
-    def loss(w, hold):
-        return ops.hold_zeros(w, hold).sum()
 
-    gradient = jax.jit(jax.vmap(jax.grad(loss)))(w, hold)
-    assert gradient.tolist() == [[0, 1], [1, 1]]
+def test_straight_through_may_see_what_is_made_of_the_weights_themselves():
+    w, c = jnp.linspace(-1, 1, 12).reshape(3, 4), jnp.arange(12.0).reshape(3, 4)
+
+    def loss(w, c):
+        return (ops.straight_through(w, jnp.sin(w)) * c).sum()
+
+    gradient = jax.jit(jax.vmap(jax.grad(loss)))(w, c)
+    np.testing.assert_array_equal(gradient, c)
 
 
 def test_integers_are_refused():

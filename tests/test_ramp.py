@@ -138,6 +138,35 @@ def train_on_fixed_weights(ramp, steps, **options):
     return w.size, zeros
 
 
+@pytest.mark.parametrize(("end", "update_every"), [(25, 10), (13, 100), (7, 5)])
+def test_the_target_is_met_at_the_end_of_the_ramp_whatever_the_interval(
+    end, update_every
+):
+    """And before it the sparsity moves every so many steps alone."""
+    ramp = polynomial_ramp(0.9, 0, end)
+    n, zeros = train_on_fixed_weights(ramp, end + 3, update_every=update_every)
+    target = math.floor(0.9 * (n - 1)) + 1
+    assert zeros[end - 1 :] == [target] * 4
+    moved = [i + 1 for i in range(end) if zeros[i] != ([0, *zeros])[i]]
+    assert moved == [*range(update_every, end, update_every), end]
+
+
+def test_a_ramp_of_250_steps_is_met_with_a_threshold_in_100():
+    """As asked for in the count of a state, without the steps before."""
+    ramp = polynomial_ramp(0.9, 0, 250)
+    tx = st3jax.st3(optax.sgd(0.0), ramp, update_every=100)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (25, 41))}
+    update, opt_state = jax.jit(tx.update), tx.init(params)
+    for completed in (199, 248, 249, 250, 260):
+        opt_state = opt_state._replace(count=jnp.int32(completed))
+        before = opt_state.thresholds["kernel"]
+        _, opt_state = update(params, opt_state, params)
+        moved = bool(opt_state.thresholds["kernel"] != before)
+        assert moved == (completed in (199, 249))
+    report = st3jax.summary(st3jax.finalize(params, opt_state))
+    assert int(report.zeros) == math.floor(0.9 * (25 * 41 - 1)) + 1
+
+
 @each_power
 def test_sparsity_never_falls_along_a_ramp(power):
     n, zeros = train_on_fixed_weights(polynomial_ramp(0.9, 3, 17, power), 20)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from st3jax.rule.scores import score_factor, scores, weight_threshold
+from st3jax.rule.scores import score_factor, scores, unscaled
 from st3jax.selection import keys
 from st3jax.selection.quantile import threshold
 
@@ -323,9 +323,10 @@ def test_positive_is_above_zero_to_the_least_subnormal(shape, dtype):
 @jax.jit
 def both_cuts(w, t):
     """Where scores are above their threshold, and where weights are above theirs."""
-    size, limit = scores(w, "l1_sigma"), score_factor("l1_sigma", w.shape)
+    size, factor = scores(w, "l1_sigma"), score_factor("l1_sigma", w.shape)
     kept = keys.to_key(size) > keys.to_key(t)
-    return kept, keys.to_key(w) > keys.to_key(weight_threshold(t, limit))
+    limit = unscaled(t, np.array([1.0, factor]))[1]
+    return kept, keys.to_key(w) > keys.to_key(limit)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

@@ -72,6 +72,14 @@ class Attention:
     value: dict
 
 
+@struct.dataclass
+class Projections:
+    """Leaves with attribute names, one of them called value."""
+
+    query: jax.Array
+    value: jax.Array
+
+
 def chosen(params):
     leaves = trees.named_leaves(params)
     return {path for path, leaf in leaves.items() if trees.is_kernel(path, leaf)}
@@ -116,6 +124,55 @@ def test_paths_read_the_same_in_any_container():
     assert list(trees.named_leaves((kernel, [kernel]))) == ["0/kernel", "1/0/kernel"]
 
 
+def test_a_leaf_called_value_keeps_its_name_and_can_be_chosen():
+    w = jnp.arange(1.0, 5).reshape(2, 2)
+    params = {"attention": Projections(query=w, value=w)}
+    paths = ["attention/query", "attention/value"]
+    assert list(trees.named_leaves(params)) == paths
+    assert trees.all_paths(params) == paths
+
+    def values(path, leaf):
+        return path == "attention/value"
+
+    pruned = st3jax.prune(params, 0.5, prunable=values)["attention"]
+    assert (pruned.query == w).all()
+    assert pruned.value.tolist() == [[0, 0], [3, 4]]
+    tx = st3jax.st3(optax.sgd(0.0), {"*value": 1.0}, prunable=values)
+    _, opt_state = jax.jit(tx.update)(params, tx.init(params), params)
+    sparse = st3jax.finalize(params, opt_state)["attention"]
+    assert (sparse.query == w).all()
+    assert not sparse.value.any()
+
+
+BOXES = {
+    "partitioned": lambda w: nn.Partitioned(w, (None,) * w.ndim),
+    "logical": lambda w: nn.LogicallyPartitioned(w, (None,) * w.ndim),
+    "param": nnx.Param,
+}
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_a_box_is_no_part_of_a_path_and_no_part_of_a_state(box):
+    w = jnp.arange(1.0, 7).reshape(2, 3)
+    bare = {"layer": {"kernel": w, "bias": jnp.ones(3)}}
+    params = jax.tree.map(box, bare)
+    assert trees.all_paths(params) == trees.all_paths(bare)
+    leaves = trees.named_leaves(params)
+    assert {path: leaf.shape for path, leaf in leaves.items()} == {
+        "layer/bias": (3,),
+        "layer/kernel": (2, 3),
+    }
+    tx = st3jax.st3(optax.sgd(0.0), 0.5)
+    opt_state = tx.init(params)
+    masked = optax.MaskedNode()
+    assert opt_state.thresholds == {"layer": {"kernel": -1, "bias": masked}}
+    _, opt_state = jax.jit(tx.update)(params, opt_state, params)
+    assert jnp.shape(opt_state.thresholds["layer"]["kernel"]) == ()
+    sparse = st3jax.finalize(params, opt_state)
+    assert jax.tree.structure(sparse) == jax.tree.structure(params)
+    assert int(st3jax.summary(sparse).zeros) == 3
+
+
 def test_a_boxed_kernel_has_the_name_of_a_bare_one():
     bare = linen_params(nn.Dense(3), WORDS)
     boxed = linen_params(nn.Dense(3, kernel_init=partitioned), WORDS)
@@ -157,14 +214,18 @@ def test_a_predicate_can_choose_by_size():
 
 def test_values_stand_where_their_leaves_are():
     params = [{"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, (jnp.ones(1),)]
-    sizes = trees.map_prunable(lambda path, leaf: leaf.size, params)
+    leaves = trees.prunable_leaves(params)
+    sizes = trees.per_leaf_tree(params, {path: w.size for path, w in leaves.items()})
     masked = optax.MaskedNode()
     assert sizes == [{"kernel": 6, "bias": masked}, (masked,)]
-    times = trees.map_where_prunable(
-        lambda path, size, leaf: size * leaf, sizes, params
-    )
+    times = trees.map_where_prunable(lambda size, leaf: size * leaf, sizes, params)
     assert times[0]["kernel"].tolist() == [[6, 6, 6], [6, 6, 6]]
     assert times[0]["bias"] is params[0]["bias"]
+    named = trees.map_named(lambda path, size, leaf: path, sizes, params)
+    assert named[0]["kernel"] == "0/kernel"
+    assert named[1][0] is params[1][0]
+    halves = trees.in_place_of(sizes, {"0/kernel": 0.5})
+    assert halves == [{"kernel": 0.5, "bias": masked}, (masked,)]
 
 
 @pytest.mark.parametrize("container", ["dict", "list", "dataclass", "boxed"])
@@ -199,3 +260,46 @@ def test_what_is_no_kernel_is_passed_through_as_it_is():
     assert pruned["step"] == 3
     assert pruned["key"] is params["key"]
     assert np.count_nonzero(pruned["kernel"]) == 0
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.head = nnx.Linear(3, 4, rngs=rngs)
+
+
+def nnx_params():
+    return nnx.state(Layers(nnx.Rngs(0)), nnx.Param)
+
+
+DECAYED = {  # parameters, and the paths of those that decay
+    "linen": lambda: (
+        nn.Sequential([nn.Dense(3), nn.LayerNorm()]).init(jax.random.key(0), WORDS),
+        {"params/layers_0/kernel"},
+    ),
+    "boxed": lambda: (
+        nn.Dense(3, kernel_init=partitioned).init(jax.random.key(0), WORDS)["params"],
+        {"kernel"},
+    ),
+    "nnx": lambda: (nnx.as_pure(nnx_params()), {"conv/kernel", "head/kernel"}),
+    "nnx boxed": lambda: (nnx_params(), {"conv/kernel", "head/kernel"}),
+}
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_weight_decay_may_be_of_kernels_alone(name):
+    params, expected = DECAYED[name]()
+    params = jax.tree.map(jnp.ones_like, params)
+    mask = st3jax.kernel_mask(params)
+    decay = optax.add_decayed_weights(0.5, mask=st3jax.kernel_mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decay.update(zeros, decay.init(params), params)
+    decayed = trees.named_leaves(updates)
+    assert {path for path, u in decayed.items() if (u == 0.5).all()} == expected
+    assert {path for path, u in decayed.items() if (u == 0).all()} == (
+        set(decayed) - expected
+    )
+    assert all(type(chosen) is bool for chosen in jax.tree.leaves(mask))
+    shapes = jax.eval_shape(lambda: params)
+    assert jax.tree.leaves(st3jax.kernel_mask(shapes)) == jax.tree.leaves(mask)

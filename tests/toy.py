@@ -1,5 +1,7 @@
 """A network of two layers and 256 weights, and what trains and compares it."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,35 @@ def make_step(tx, loss_fn=loss_fn, axis_name=None):
         return optax.apply_updates(params, updates), opt_state
 
     return step
+
+
+class Recorded(NamedTuple):
+    """State of :func:`recording`."""
+
+    seen: Any
+    inner_state: Any
+
+
+def recording(inner):
+    """The optimizer, which keeps the gradients that it saw in its state.
+
+    They have an axis more than the parameters: no method takes them for momentum.
+    """
+
+    def init(params):
+        seen = jax.tree.map(lambda w: jnp.zeros_like(w)[None], params)
+        return Recorded(seen, inner.init(params))
+
+    def update(grads, state, params=None):
+        updates, inner_state = inner.update(grads, state.inner_state, params)
+        return updates, Recorded(jax.tree.map(lambda g: g[None], grads), inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def seen_by_inner(opt_state):
+    """The gradients that the recording optimizer inside a method saw last."""
+    return pick(st3jax.find_state(opt_state).inner_state.seen, 0)
 
 
 def trajectory(tx, params, steps, step=None):

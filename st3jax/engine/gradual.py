@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from st3jax import ops
-from st3jax.checks import as_mapping, check_steps
+from st3jax.checks import as_mapping, check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform, where
 from st3jax.engine.updates import clear_state, hold_mask, step_onto
 from st3jax.rule.patterns import Pattern, input_axis, spread
@@ -171,7 +171,7 @@ def gradual(
 
     def due_at(count: jax.Array) -> jax.Array | bool:
         """Whether thresholds move after ``count`` completed steps."""
-        if update_every == 1 and freeze_step is None:
+        if freeze_step is None and is_concrete(update_every) and update_every == 1:
             return True
         due = (count % update_every == 0) | ramp_ends(sparsity, count)
         if freeze_step is not None:

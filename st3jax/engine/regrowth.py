@@ -28,6 +28,7 @@ from st3jax.trees import (
     Prunable,
     check_same_structure,
     is_masked,
+    is_placeholder,
     map_where_prunable,
     named_leaves,
     per_leaf_tree,
@@ -177,9 +178,11 @@ def regrowth(
         else:
             found = random_masks(seed, leaves, initial_sparsity, distribution)
         masks = per_leaf_tree(params, found)
+        if not is_placeholder(params):
+            masks = jax.tree.map(_in_box, masks, params, is_leaf=is_masked)
         return RegrowthState(
             count=first_count(),
-            masks=jax.tree.map(_in_box, masks, params, is_leaf=is_masked),
+            masks=masks,
             frozen=jnp.zeros([], bool),
             # A copy, as states are donated.
             seed=jnp.zeros(2, jnp.uint32) if seed is None else jnp.array(seed),

@@ -70,12 +70,14 @@ def make_rule(
     check_choice(distribution, "distribution", DISTRIBUTIONS)
     parsed = parse_pattern(pattern)
     if costs is not None:
-        costs = as_mapping(costs)
-        if costs is None:
+        mapping = as_mapping(costs)
+        if mapping is None:
             raise TypeError(
                 "costs is a mapping from the path of a leaf to the multiply-adds of "
-                "one of its weights, such as {'Dense_0/kernel': 1}"
+                "one of its weights, such as {'Dense_0/kernel': 1}, got "
+                f"{type(costs).__name__}"
             )
+        costs = mapping
         if distribution != "global":
             raise ValueError(
                 f"costs need distribution 'global', got {distribution!r}: a layer with "

@@ -1,4 +1,4 @@
-"""A budget of multiply-adds is met exactly: every weight counts for what it costs."""
+"""A share of multiply-adds is met exactly: every weight counts for what it costs."""
 
 import functools
 import math
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 import st3jax
 from st3jax.selection.quantile import threshold
@@ -530,12 +531,7 @@ def assert_zeros(weights, expected):
 @functools.cache
 def pruning(costs, criterion):
     return jax.jit(
-        functools.partial(
-            st3jax.prune,
-            budget="multiply_adds",
-            costs=dict(costs),
-            criterion=criterion,
-        )
+        functools.partial(st3jax.prune, costs=dict(costs), criterion=criterion)
     )
 
 
@@ -594,6 +590,26 @@ def test_equal_costs_prune_as_no_costs():
         )
 
 
+def test_costs_and_sparsities_may_be_those_of_a_configuration():
+    """A ConfigDict is no mapping by its type, and forgets the order of its keys."""
+    params = network(1)
+    expected = st3jax.prune(params, 0.7, costs=USES)
+    pruned = st3jax.prune(params, 0.7, costs=ConfigDict(USES))
+    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    shares = {"Conv_0/*": 0.2, "head*": 0.9, "*": 0.5}
+    found = [st3jax.prune(params, one) for one in (shares, ConfigDict(shares))]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    zeros = [float((x == 0).mean()) for x in kernels(found[1])]
+    np.testing.assert_allclose(zeros, [0.2, 0.5, 0.9], atol=0.1)
+    for options in ({"costs": USES}, {"sparsity": shares}):
+        states = []
+        for kind in (dict, ConfigDict):
+            chosen = {"sparsity": 0.7} | {k: kind(v) for k, v in options.items()}
+            tx = st3jax.st3(SGD, **chosen)
+            states.append(jax.jit(tx.update)(params, tx.init(params), params)[1])
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
 def test_no_share_prunes_nothing_and_the_whole_share_everything():
     params = network(2)
     none, all_of_it = prune(params, 0.0, USES), prune(params, 1.0, USES)
@@ -609,7 +625,7 @@ def test_all_that_the_prunable_leaves_cost_can_be_asked_for(weights, others):
     }
     costs = {"kernel": 1, "embed": 1}
     share = weights / (weights + others)
-    pruned = st3jax.prune(params, share, budget="multiply_adds", costs=costs)
+    pruned = st3jax.prune(params, share, costs=costs)
     assert not pruned["kernel"].any()
 
 
@@ -618,11 +634,11 @@ def test_leaves_that_cost_nothing_are_refused_in_a_clear_sentence(sparsity):
     free = dict.fromkeys(USES, 0)
     refused = pytest.raises(ValueError, match="multiply-adds")
     with refused:
-        st3jax.prune(network(3), sparsity, budget="multiply_adds", costs=free)
+        st3jax.prune(network(3), sparsity, costs=free)
     with refused:
         pruning(tuple(free.items()), "l1").lower(network(3), sparsity)
     with refused:
-        with_budget(free, sparsity).init(network(3))
+        with_costs(free, sparsity).init(network(3))
 
 
 # Training
@@ -653,8 +669,8 @@ def trajectory(tx, params, steps, update=None):
         yield params, opt_state
 
 
-def with_budget(costs, sparsity=RAMP, **options):
-    return st3jax.st3(SGD, sparsity, budget="multiply_adds", costs=costs, **options)
+def with_costs(costs, sparsity=RAMP, **options):
+    return st3jax.st3(SGD, sparsity, costs=costs, **options)
 
 
 @pytest.mark.parametrize(
@@ -667,7 +683,7 @@ def with_budget(costs, sparsity=RAMP, **options):
     ids=["kernels", "whole model, hard", "whole model, sigma"],
 )
 def test_the_ramp_is_followed_in_multiply_adds(costs, options):
-    tx = with_budget(costs, **options)
+    tx = with_costs(costs, **options)
     criterion = options.get("criterion", "l1")
     for i, (params, opt_state) in enumerate(trajectory(tx, network(4), END + 2)):
         weights = st3jax.finalize(params, opt_state)
@@ -678,22 +694,22 @@ def test_the_ramp_is_followed_in_multiply_adds(costs, options):
             assert_zeros(weights, expected_zeros(params, share, costs, criterion))
 
 
-def test_the_mask_of_a_budget_is_fixed_at_the_freeze():
-    tx = with_budget(EVERY, freeze_step=END + 1)
+def test_the_mask_of_costs_is_fixed_at_the_freeze():
+    tx = with_costs(EVERY, freeze_step=END + 1)
     run = list(trajectory(tx, network(5), END + 4))
-    twin = list(trajectory(with_budget(EVERY), network(5), END + 1))
+    twin = list(trajectory(with_costs(EVERY), network(5), END + 1))
     fixed = [kernel == 0 for kernel in kernels(st3jax.finalize(*twin[-1]))]
     for params, _ in run[END:]:
         assert_zeros(params, fixed)
     assert any(zero.any() for zero in fixed)
 
 
-def test_a_budget_is_met_with_float64_weights_of_which_one_leaf_is_free():
+def test_costs_are_met_with_float64_weights_of_which_one_leaf_is_free():
     """Its dtype is that of all thresholds, whether it counts or not."""
     costs = {**USES, "head/kernel": 0}
     params = network(6)
     params["head"]["kernel"] = params["head"]["kernel"].astype(np.float64)
-    tx = with_budget(costs, 0.7)
+    tx = with_costs(costs, 0.7)
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params)
         opt_state = tx.init(params)
@@ -705,7 +721,7 @@ def test_a_budget_is_met_with_float64_weights_of_which_one_leaf_is_free():
 
 def test_training_with_kernels_sharded_by_jit_has_the_bits_of_one_device():
     mesh = jax.make_mesh((4, 2), ("a", "b"), (AxisType.Auto,) * 2)
-    tx = with_budget(EVERY, rescale=False)
+    tx = with_costs(EVERY, rescale=False)
 
     def spec(path, leaf):
         kernel = st3jax.trees.path_name(path) == "Conv_0/kernel"
@@ -727,7 +743,7 @@ def test_training_with_kernels_sharded_by_jit_has_the_bits_of_one_device():
 def test_training_with_shards_by_hand_has_the_bits_of_one_device(costs, sparsity):
     """A kernel is sharded, the others and what is not prunable are copies."""
     mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,))
-    tx = with_budget(costs, sparsity, rescale=False, axis_name="i")
+    tx = with_costs(costs, sparsity, rescale=False, axis_name="i")
     specs = jax.tree.map(lambda _: P(), network(8))
     specs["Conv_0"]["kernel"] = P(None, None, "i")
     opt_state = tx.init(network(8))
@@ -742,7 +758,7 @@ def test_training_with_shards_by_hand_has_the_bits_of_one_device(costs, sparsity
             out_specs=(specs, of_state),
         )
     )
-    alone = with_budget(costs, sparsity, rescale=False)
+    alone = with_costs(costs, sparsity, rescale=False)
     ours = trajectory(tx, network(8), END + 1, update)
     theirs = trajectory(alone, network(8), END + 1)
     for pair in zip(ours, theirs, strict=True):
@@ -752,7 +768,6 @@ def test_training_with_shards_by_hand_has_the_bits_of_one_device(costs, sparsity
 # Bad use
 
 
-ADDS = "multiply_adds"
 WEIGHT = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
 
@@ -763,7 +778,7 @@ def build(sparsity=0.5, **options):
 def init(sparsity=0.5, params=WEIGHT, **options):
     """Only the parameters' shapes are there: nothing can be compiled from them."""
     shapes = jax.eval_shape(lambda: params)
-    return lambda: st3jax.st3(SGD, sparsity, budget=ADDS, **options).init(shapes)
+    return lambda: st3jax.st3(SGD, sparsity, **options).init(shapes)
 
 
 def pruned(sparsity=0.5, **options):
@@ -772,7 +787,7 @@ def pruned(sparsity=0.5, **options):
 
 def with_traced_cost(cost):
     return jax.eval_shape(
-        lambda cost: st3jax.prune(WEIGHT, 0.5, budget=ADDS, costs={"kernel": cost}),
+        lambda cost: st3jax.prune(WEIGHT, 0.5, costs={"kernel": cost}),
         cost,
     )
 
@@ -781,26 +796,32 @@ def costing(cost):
     return init(costs={"kernel": cost})
 
 
-TOGETHER = ("budget 'multiply_adds' and costs go together",)
 WHOLE = ("the cost of 'kernel'", "whole number, 0 or more")
-OWN = ("budget 'multiply_adds' needs distribution 'global'",)
-MAPPED = ("a sparsity for each path pattern is a distribution of its own", "budget")
+OWN = ("costs need distribution 'global'",)
+MAPPED = ("a sparsity for each path is a distribution of its own", "costs")
 COST = {"kernel": 1}
 
 BAD_USES = {
-    "budget": (build(budget="flops"), ValueError, "budget", "'weights'", "'flops'"),
-    "budget None": (build(budget=None), ValueError, "'multiply_adds'", "None"),
-    "prune's budget": (pruned(budget="flops"), ValueError, "'weights'", "'flops'"),
-    "no costs": (build(budget=ADDS), ValueError, *TOGETHER, "costs None"),
-    "prune, no costs": (pruned(budget=ADDS), ValueError, *TOGETHER, "costs None"),
-    "no budget": (build(costs=COST), ValueError, *TOGETHER, "'weights'"),
-    "prune, no budget": (pruned(costs=COST), ValueError, *TOGETHER, "'weights'"),
-    "a list": (build(budget=ADDS, costs=[1]), TypeError, "a mapping", "list"),
-    "a number": (build(budget=ADDS, costs=3), TypeError, "a mapping", "int"),
-    "prune by a list": (pruned(budget=ADDS, costs=[1]), TypeError, "a mapping"),
+    "a list": (build(costs=[1]), TypeError, "a mapping", "list"),
+    "a number": (build(costs=3), TypeError, "a mapping", "int"),
+    "prune by a list": (pruned(costs=[1]), TypeError, "a mapping"),
     "missing": (init(costs={"bias": 1}), ValueError, "leaf 'kernel'", "'bias'"),
     "empty": (init(costs={}), ValueError, "leaf 'kernel'", "none at all"),
-    "prune missing": (pruned(budget=ADDS, costs={}), ValueError, "leaf 'kernel'"),
+    "no parameter": (
+        init(costs={"kernel": 1, "Kernel": 2}),
+        ValueError,
+        "'Kernel'",
+        "no parameter",
+        "'kernel'",
+    ),
+    "prune by no parameter": (
+        pruned(costs={"kernel": 1, "scale": 2}),
+        ValueError,
+        "'scale'",
+        "no parameter",
+        "'bias'",
+    ),
+    "prune missing": (pruned(costs={}), ValueError, "leaf 'kernel'"),
     "negative": (costing(-3), ValueError, *WHOLE, "-3"),
     "fractional": (costing(1.5), TypeError, *WHOLE, "1.5"),
     "True": (costing(True), TypeError, *WHOLE, "True"),
@@ -831,32 +852,32 @@ BAD_USES = {
         "0.5",
     ),
     "prune too much": (
-        pruned(0.51, budget=ADDS, costs={"kernel": 1, "bias": 2}),
+        pruned(0.51, costs={"kernel": 1, "bias": 2}),
         ValueError,
         "a share of 0.51 of the multiply-adds cannot be removed",
         "0.5",
     ),
     "all free": (init(costs={"kernel": 0}), ValueError, "multiply-adds"),
     "uniform": (
-        build(budget=ADDS, costs=COST, distribution="uniform"),
+        build(costs=COST, distribution="uniform"),
         ValueError,
         *OWN,
         "'uniform'",
     ),
     "erk": (
-        build(budget=ADDS, costs=COST, distribution="erk"),
+        build(costs=COST, distribution="erk"),
         ValueError,
         *OWN,
         "'erk'",
     ),
     "prune by erk": (
-        pruned(budget=ADDS, costs=COST, distribution="erk"),
+        pruned(costs=COST, distribution="erk"),
         ValueError,
         *OWN,
     ),
-    "mapping": (build({"*": 0.5}, budget=ADDS, costs=COST), ValueError, *MAPPED),
+    "mapping": (build({"*": 0.5}, costs=COST), ValueError, *MAPPED),
     "prune's mapping": (
-        pruned({"*": 0.5}, budget=ADDS, costs=COST),
+        pruned({"*": 0.5}, costs=COST),
         ValueError,
         *MAPPED,
     ),
@@ -879,7 +900,7 @@ BAD_USES = {
 
 
 @pytest.mark.parametrize("name", BAD_USES)
-def test_bad_use_of_a_budget_is_explained_in_one_short_sentence(name):
+def test_bad_use_of_costs_is_explained_in_one_short_sentence(name):
     bad_use, error, *texts = BAD_USES[name]
     with pytest.raises(error) as caught:
         bad_use()
