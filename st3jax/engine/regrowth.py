@@ -226,7 +226,7 @@ def regrowth(
         active = mask.sum(dtype=jnp.int64).astype(jnp.float64)
         dropped = jnp.clip(drop(count.astype(jnp.int64), active), 0, active)
         if freeze_step is not None:
-            dropped = jnp.where(count < freeze_step, dropped, 0)
+            dropped = jnp.where(_reached(count, freeze_step), 0, dropped)
         return dropped.astype(jnp.int32)
 
     def timing(count: jax.Array, state: RegrowthState) -> tuple[jax.Array, jax.Array]:

@@ -121,7 +121,8 @@ def lrr(
 
     def staircase(count: jax.typing.ArrayLike) -> jax.Array:
         cycle = jnp.asarray(count) // cycle_steps
-        return jnp.where(cycle >= prunings, sparsity, 1 - jnp.power(keep, cycle))
+        left = jnp.power(keep, cycle.astype(float))
+        return jnp.where(cycle >= prunings, sparsity, 1 - left)
 
     return gradual(
         inner,
