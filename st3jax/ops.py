@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from st3jax.selection.keys import is_positive, score_dtype, to_key
+from st3jax.selection.keys import choose, is_positive, score_dtype, to_key
 
 __all__ = [
     "channel_scale",
@@ -53,18 +53,18 @@ def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
     size = jnp.maximum(jnp.abs(wide) - t, smallest_kept(w.dtype))
     # Keys of the weight itself: a compiler may not have rounded the wide one yet.
     shrunk = jnp.where(_is_kept(w, t), jnp.copysign(size, wide), 0)
-    return jnp.where(is_positive(t), shrunk.astype(w.dtype), w)
+    return choose(is_positive(t), shrunk.astype(w.dtype), w)
 
 
 @jax.custom_vjp
 def _hard_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
-    return jnp.where(_is_kept(w, t), w, jnp.zeros_like(w))
+    return choose(_is_kept(w, t), w, 0)
 
 
 @jax.custom_vjp
 def _rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
     scaled = (x.astype(scale.dtype) * scale).astype(x.dtype)
-    return jnp.where(to_key(scaled) == 0, x, scaled)
+    return choose(to_key(scaled) == 0, x, scaled)
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from st3jax.engine.seeds import key_of
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import clear_state
 from st3jax.rule.distributions import layer_sparsities
-from st3jax.selection.keys import from_key, score_dtype, to_key, widened
+from st3jax.selection.keys import choose, from_key, score_dtype, to_key, widened
 from st3jax.selection.quantile import threshold
 from st3jax.selection.ranking import largest
 from st3jax.selection.wide import wide
@@ -79,7 +79,7 @@ class RegrowthState(NamedTuple):
 
 def _only(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Weights, or what belongs to them, zero where they are inactive."""
-    return jnp.where(mask, x, jnp.zeros_like(x))
+    return choose(mask, jnp.asarray(x), 0)
 
 
 def random_masks(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 __all__ = [
+    "choose",
     "from_key",
     "is_positive",
     "joined_keys",
@@ -123,6 +124,34 @@ def from_key(key: jax.Array) -> jax.Array:
     """
     dtype = jnp.float64 if key.dtype == jnp.int64 else jnp.float32
     return lax.bitcast_convert_type(key, dtype)
+
+
+def choose(condition: jax.Array, x: jax.Array, y: jax.typing.ArrayLike) -> jax.Array:
+    """``jnp.where`` by bit patterns, so that subnormal numbers stay what they are.
+
+    A choice between bfloat16 numbers may be made in float32, and flush them to zero.
+
+    Args:
+        condition: Boolean array that broadcasts to ``x``.
+        x: Array of any floating-point dtype.
+        y: What to take elsewhere, converted to that dtype.
+
+    Returns:
+        Array of the shape and dtype of ``x``.
+
+    Example:
+        >>> x = jnp.array([1e-40, 2.0], jnp.bfloat16)
+        >>> to_key(choose(jnp.array([True, False]), x, 0)).tolist()
+        [65536, 0]
+    """
+    integer = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    y = jnp.broadcast_to(jnp.asarray(y).astype(x.dtype), x.shape)
+    chosen = jnp.where(
+        condition,
+        lax.bitcast_convert_type(x, integer),
+        lax.bitcast_convert_type(y, integer),
+    )
+    return lax.bitcast_convert_type(chosen, x.dtype)
 
 
 def is_positive(x: jax.typing.ArrayLike) -> jax.Array:

@@ -26,7 +26,7 @@ from st3jax.methods.probmask.relaxed_mask import relaxed_mask, relaxed_slope
 from st3jax.rule.rule import Rule, check_schedules
 from st3jax.rule.thresholds import leaf_thresholds, select
 from st3jax.schedules import at_step
-from st3jax.selection.keys import score_dtype, to_key
+from st3jax.selection.keys import choose, score_dtype, to_key
 from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,
@@ -81,7 +81,7 @@ class ProbMaskState(NamedTuple):
 
         def seen(m: jax.Array, w: jax.Array) -> jax.Array:
             raw = jax.lax.stop_gradient(w)
-            masked = jnp.where(self.frozen, raw, _times(m, raw))
+            masked = choose(self.frozen, raw, _times(m, raw))
             return ops.straight_through(w, masked)
 
         return map_where_prunable(seen, _draw_masks(self), params)
@@ -339,7 +339,7 @@ def _product(g: jax.Array, w: jax.Array) -> jax.Array:
 def _times(m: jax.Array, x: jax.Array) -> jax.Array:
     """A mask times weights or gradients, exactly these where the mask is 1."""
     dtype = score_dtype(x.dtype)
-    return jnp.where(m == 1, x, (m.astype(dtype) * x.astype(dtype)).astype(x.dtype))
+    return choose(m == 1, x, (m.astype(dtype) * x.astype(dtype)).astype(x.dtype))
 
 
 def _ones(w: jax.Array) -> jax.Array:
