@@ -153,6 +153,8 @@ def check_schedules(rule: Rule, sparsity: Sparsity, freeze_step: int | None) -> 
             name = "sparsity" if path is None else f"sparsity of {path!r}"
             if callable(one):
                 _check_schedule(one, name, freeze_step)
+            else:
+                check_fraction(one, name)
         final = at_step(sparsity, jnp.array(LAST_STEP))
     check_final_sparsity(rule, final)
 
