@@ -1,4 +1,4 @@
-"""ResNet-8 on Fashion-MNIST, 95 % zeros: real images, a few minutes on two cores.
+"""ResNet-8 on Fashion-MNIST, 95 % zeros: real images.
 
 apt-get install dataset-fashion-mnist
 python experiments/prepare.py --name=fashion_mnist

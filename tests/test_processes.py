@@ -44,6 +44,8 @@ def reserved_address():
 
 
 def start(arguments, devices):
+    # Without programs that one of two finds compiled: they have to be ready together.
+    shared = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -51,7 +53,7 @@ def start(arguments, devices):
         stderr=subprocess.PIPE,
         text=True,
         env={
-            **os.environ,
+            **shared,
             "XLA_FLAGS": flags,
             "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time

@@ -1,8 +1,8 @@
 """Gradual thresholding: the transform that methods with a threshold share.
 
 The smallest weights are zero in what the model sees, more and more of them. Methods
-differ in the formula by which a threshold makes a weight effective, in which gradient a
-zeroed weight receives, and in whether it can come back.
+differ in the formula by which a threshold makes a weight effective, in whether their
+optimizer sees the gradient of a zeroed weight, and in whether it can come back.
 """
 
 import functools
@@ -122,7 +122,7 @@ def gradual(
         sparsity: A fraction, a schedule, or one of them for each path.
         rule: Which weights go first.
         formula: What a threshold does to weights.
-        masks_gradient: Whether zeroed weights receive no gradient.
+        masks_gradient: Whether ``inner`` sees the gradient of kept weights alone.
         prunable: Predicate on (path, leaf).
         sticky: One of ``STICKY``.
         update_every: Steps from one threshold to the next.

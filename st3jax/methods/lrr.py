@@ -72,9 +72,9 @@ def lrr(
         s_k = \min(\text{sparsity},\; 1 - \text{keep}^k)
 
     is zero, and training goes on from the weights and the momentum that are there. A
-    removed weight is exactly zero and receives no gradient; the mask stays what it is
-    until the next pruning. Memory: bytes per leaf, nothing per weight: the zeros are
-    the mask.
+    removed weight is exactly zero, and ``inner`` sees no gradient of it; the mask stays
+    what it is until the next pruning. Memory: bytes per leaf, nothing per weight: the
+    zeros are the mask.
 
     Rewinding is the learning rate's: repeat its schedule for each of the
     :func:`lrr_cycles` with ``optax.join_schedules``. The variant of ST-3's authors, one

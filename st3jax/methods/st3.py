@@ -96,8 +96,8 @@ def st3(
             them relative to the width of their layer.
         soft: Soft threshold (the method's own) or hard threshold.
         rescale: Whether each output channel is rescaled for the magnitude it lost.
-        straight_through: Whether zeroed weights receive gradients (the method's own),
-            or only kept ones.
+        straight_through: Whether ``inner`` sees the gradients of zeroed weights (the
+            method's own), or only those of kept ones.
         distribution: ``"global"`` (the method's own) compares the weights of all
             layers; ``"uniform"`` takes the same share of each layer; ``"erk"``
             (Erdos-Renyi-kernel) takes less of small and narrow layers.

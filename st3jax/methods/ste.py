@@ -48,7 +48,8 @@ def ste(
         costs: From path to the multiply-adds of one weight, to count those.
         pattern: ``None``, ``"N:M"``, or the shape of a block.
         prunable: Predicate on (path, leaf).
-        update_every: Steps from one threshold to the next.
+        update_every: Steps from one threshold to the next; the step that ends a ramp
+            moves it too.
         freeze_step: Number of completed steps at which the mask is fixed; never by
             default.
         axis_name: Axes of ``shard_map`` that the weights are sharded over by hand.

@@ -1,15 +1,15 @@
 """Exact selection: which threshold removes exactly this fraction?
 
 Scores are magnitudes: non-negative, minus zero equal to zero, NaN above infinity. The
-threshold is the quantile of all scores of all leaves together, without sorting or
-concatenating them: the bit patterns of the two neighbouring order statistics are found
-by counting how many scores lie below a candidate. Counts are integers, and the few
-scalars that add them up have 64 bits, whether JAX runs in 64-bit mode or not. No float
-arithmetic decides anything but the interpolation between the two neighbours.
+threshold is the quantile of all scores of all leaves together, without sorting them:
+the bit patterns of the two neighbouring order statistics are found by counting how many
+scores lie below a candidate. Counts are integers, and the few scalars that add them up
+have 64 bits, whether JAX runs in 64-bit mode or not. No float arithmetic decides
+anything but the interpolation between the two neighbours.
 
-Where arrays are whole on a CPU, :mod:`st3jax.digit_search` needs five to seven reads
-of them; elsewhere :mod:`st3jax.bit_search` finds some bits with each read, and nothing
-but counts crosses devices.
+Where arrays are whole on a CPU, :mod:`st3jax.selection.digit_search` needs a few reads
+of them; elsewhere :mod:`st3jax.selection.bit_search` finds some bits with each read,
+and nothing but counts crosses devices.
 """
 
 import math
