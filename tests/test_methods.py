@@ -118,8 +118,20 @@ OPEN.remove("probmask")
 KINDS = ["st3", "gmp strict", "granet", "probmask"]
 """One of each kind of state: what is around a transform knows no more of it."""
 
-every_method = pytest.mark.parametrize("name", METHODS)
 every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+@pytest.fixture(params=METHODS, scope="module")
+def name(request):
+    """Each method, with all of its tests in a row: then its programs can go."""
+    yield request.param
+    forget()
+
+
+def forget():
+    for cached in (usual, usual_run):
+        cached.cache_clear()
+    jax.clear_caches()
 
 
 class Step(NamedTuple):
@@ -194,7 +206,6 @@ def kind(name):
 # Sparsity
 
 
-@every_method
 def test_the_sparsity_at_the_end_is_the_one_asked_for(name):
     for now in usual_run(name)[FREEZE - 1 :]:
         count = zeros(st3jax.finalize(now.params, now.opt_state))
@@ -223,7 +234,6 @@ def test_the_pattern_of_groups_and_of_blocks_is_there_at_the_end():
         assert set(live.ravel()) == {0, 8}
 
 
-@every_method
 def test_finalize_returns_what_the_model_sees_to_the_bit(name):
     run = usual_run(name)
     start = FREEZE - 1 if name in SAMPLED else 0
@@ -235,7 +245,6 @@ def test_finalize_returns_what_the_model_sees_to_the_bit(name):
 # Gradients
 
 
-@every_method
 def test_every_gradient_passes_and_the_transform_decides_which_are_seen(name):
     """Before and after the mask is fixed."""
     run = usual_run(name)
@@ -262,7 +271,6 @@ def test_every_gradient_passes_and_the_transform_decides_which_are_seen(name):
     assert (given[~live] != 0).sum() > 20
 
 
-@every_method
 def test_biases_train_as_with_the_inner_optimizer_alone(name):
     params = biases(network())
     state = MOMENTUM.init(params)
@@ -284,7 +292,6 @@ def biases(tree):
 # Compiling
 
 
-@every_method
 def test_nothing_is_compiled_twice(name):
     tx, step = usual(name)
     usual_run(name)
@@ -296,7 +303,6 @@ def test_nothing_is_compiled_twice(name):
     assert step._cache_size() == 1
 
 
-@every_method
 def test_outside_of_jit_an_update_is_compiled_once(name, caplog):
     tx = METHODS[name](MOMENTUM)
     params, state = network(), tx.init(network())
@@ -311,7 +317,6 @@ def test_outside_of_jit_an_update_is_compiled_once(name, caplog):
     assert compiled[1:] == [[], []]
 
 
-@every_method
 def test_abstract_evaluation_tells_what_running_gives(name):
     tx, _ = usual(name)
     params = network()
@@ -330,7 +335,6 @@ def test_abstract_evaluation_tells_what_running_gives(name):
         assert described == [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
-@every_method
 @pytest.mark.parametrize(
     ("dtype", "x64"),
     [
@@ -357,7 +361,6 @@ def pointers(tree):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
-@every_method
 def test_donated_buffers_are_distinct_and_give_the_same_bits(name):
     tx, _ = usual(name)
     step = jax.jit(make_step(tx), donate_argnums=(0, 1))
@@ -435,7 +438,6 @@ def test_wrapped_in_optax_it_trains_as_before(name, wrapper):
     assert jitted._cache_size() == 1
 
 
-@every_method
 def test_params_of_another_structure_are_refused(name):
     tx, _ = usual(name)
     params = network()
@@ -462,7 +464,6 @@ def first_alone(path, leaf):
     return path == "first/kernel"
 
 
-@every_method
 def test_what_is_prunable_is_asked_once_for_each_leaf(name):
     asked_for = []
 
@@ -485,7 +486,6 @@ def program(tx, state):
     return re.sub("0x[0-9a-f]+", "", str(jaxpr))
 
 
-@every_method
 def test_an_update_follows_what_was_prunable_at_the_start(name):
     usual_choice = METHODS[name](MOMENTUM)
     other_choice = METHODS[name](MOMENTUM, prunable=first_alone)
@@ -503,7 +503,6 @@ def test_an_update_follows_what_was_prunable_at_the_start(name):
 # Strict modes
 
 
-@every_method
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_trains_where_nothing_is_promoted(name, dtype):
     """Neither ranks nor dtypes, without a word from the user."""
@@ -529,7 +528,6 @@ def test_it_trains_where_nothing_is_promoted(name, dtype):
 # Devices and transformations
 
 
-@every_method
 def test_pmap_keeps_replicas_identical_and_equals_one_device(name):
     tx, _ = usual(name)
     step = jax.pmap(
@@ -548,7 +546,6 @@ def test_pmap_keeps_replicas_identical_and_equals_one_device(name):
         assert_same_zeros(replicas[0], alone)
 
 
-@every_method
 def test_weights_sharded_over_eight_devices_get_the_same_zeros(name):
     tx, _ = usual(name)
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
@@ -570,7 +567,6 @@ def assert_same_zeros(ours, alone):
     np.testing.assert_array_equal(*(w == 0 for w in weights))
 
 
-@every_method
 def test_vmap_over_seeds_equals_separate_training(name):
     tx, _ = usual(name)
     step = jax.jit(jax.vmap(make_step(tx), (0, 0, None)))
@@ -586,7 +582,6 @@ def test_vmap_over_seeds_equals_separate_training(name):
             assert_same_zeros(pick(together, seed), alone)
 
 
-@every_method
 def test_a_scan_over_steps_equals_a_python_loop(name):
     tx, _ = usual(name)
 
@@ -606,7 +601,6 @@ def test_a_scan_over_steps_equals_a_python_loop(name):
 # Saving
 
 
-@every_method
 @pytest.mark.parametrize("completed", [0, 3, FREEZE + 1])
 def test_flax_serialization_restores_every_bit(name, completed):
     tx, _ = usual(name)
@@ -617,7 +611,6 @@ def test_flax_serialization_restores_every_bit(name, completed):
     )
 
 
-@every_method
 def test_a_restored_checkpoint_goes_on_to_the_same_bits(name, tmp_path):
     """From the ramp, and from where the mask is fixed."""
     tx, step = usual(name)
