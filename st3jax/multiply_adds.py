@@ -45,8 +45,8 @@ def multiply_adds(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str
             data, since it has no fixed cost.
 
     Example:
-        >>> params = {"kernel": jax.ShapeDtypeStruct((3, 3, 4, 8), float)}
-        >>> images = jax.ShapeDtypeStruct((1, 32, 32, 4), float)
+        >>> params = {"kernel": jax.ShapeDtypeStruct((3, 3, 4, 8), "float32")}
+        >>> images = jax.ShapeDtypeStruct((1, 32, 32, 4), "float32")
         >>> def model(params, images):
         ...     return jax.lax.conv_general_dilated(
         ...         images, params["kernel"], window_strides=(2, 2), padding="SAME",
@@ -136,12 +136,20 @@ def _repeat(
 def _scan(
     eqn: jex.JaxprEqn, given: list[Origin], ledger: Ledger, times: int
 ) -> list[Origin]:
-    first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    first, carried = _sizes_of_scan(eqn.params)
     consts, xs = given[:first], given[first + carried :]
     body = eqn.params["jaxpr"].jaxpr
     carry = _repeat(body, consts, given[first : first + carried], xs)
     length = eqn.params["length"]
     return _walk(body, [*consts, *carry, *xs], ledger, times * length)
+
+
+def _sizes_of_scan(params: dict[str, Any]) -> tuple[int, int]:
+    """How many inputs are the same in every turn, and how many are carried."""
+    if "ft_in" in params:  # JAX 0.11 and newer
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def _while(eqn: jex.JaxprEqn, given: list[Origin], ledger: Ledger) -> list[Origin]:

@@ -58,7 +58,7 @@ def _soft_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _hard_threshold(w: jax.Array, t: jax.Array) -> jax.Array:
-    return choose(_is_kept(w, t), w, 0)
+    return choose(_is_kept(w, t), w, jnp.zeros_like(w))
 
 
 @jax.custom_vjp

@@ -278,8 +278,8 @@ def test_biases_train_as_with_the_inner_optimizer_alone(name):
         updates, state = momentum_alone(biases(now.given), state, params)
         params = optax.apply_updates(params, updates)
         assert_close(params, biases(now.params), rtol=1e-6, atol=1e-7)
-        # Nearly all of them: a sparse network may have a unit that nothing reaches.
-        assert all((bias != 0).mean() > 0.7 for bias in params)
+        # Most of them: a sparse network may have units that nothing reaches.
+        assert all((bias != 0).mean() > 0.5 for bias in params)
 
 
 momentum_alone = jax.jit(MOMENTUM.update)
@@ -371,9 +371,10 @@ def test_donated_buffers_are_distinct_and_give_the_same_bits(name):
         assert len(set(pointers(given))) == len(pointers(given))
         now = step(*given, make_batch(i))
         params, opt_state = now.params, now.opt_state
-        # JAX may keep what no step reads: gradients seen before, the first mask's seed.
+        # JAX may keep what no step reads, such as the gradients seen before.
         kept = [path for path, leaf in leaves_by_name(given) if not leaf.is_deleted()]
-        assert all(".seen" in path or path.endswith(".seed") for path in kept)
+        unread = (".seen", ".seed", ".frozen")
+        assert all(any(name in path for name in unread) for path in kept)
         # NumPy looks at copies: a buffer that it looks at may not be given away.
         assert_identical(jax.tree.map(jnp.copy, now), plain)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(spare))

@@ -507,14 +507,15 @@ def test_a_dense_start_is_dense_training_until_the_first_event():
     state, dense_state = tx.init(params), DECAYED.init(params)
     for i in range(2):
         assert all(m.all() for m in masks(state))
-        assert_identical(st3jax.sparsify(params, state), dense)
-        assert_identical(params, dense)
-        assert_identical(state.inner_state, dense_state)
+        # Close: of two programs, one may round a product before it adds it.
+        assert_identical(st3jax.sparsify(params, state), params)
+        assert_close(params, dense, rtol=1e-6, atol=1e-7)
+        assert_close(state.inner_state, dense_state, rtol=1e-6, atol=1e-7)
         updates, state = ours(network(i + 1), state, params)
         params = optax.apply_updates(params, updates)
         updates, dense_state = update(network(i + 1), dense_state, dense)
         dense = optax.apply_updates(dense, updates)
-    assert same([params["first"]["bias"]], [dense["first"]["bias"]])
+    assert_close(params["first"]["bias"], dense["first"]["bias"], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["granet", "granet sparse", "granet fixed"])

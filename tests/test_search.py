@@ -52,10 +52,11 @@ SEARCHES = {
     "bits, as for one GPU": functools.partial(
         bit_search.neighbours, platform="gpu", whole=True
     ),
-    "digits": lambda leaves, rank, tally, near=-1.0: digit_search.neighbours(
-        leaves, rank, jnp.float32(near), tally, margin=MARGIN
+    "digits": lambda leaves, rank, needed, tally, near=-1.0: digit_search.neighbours(
+        leaves, rank, jnp.float32(near), needed, tally, margin=MARGIN
     ),
 }
+NEEDED = np.True_
 COSTS = {  # of the four leaves
     "of layers": (5, 7, 49, 12_544),
     "far apart": (1, 3, 1_000_003, 2),
@@ -78,7 +79,7 @@ def search(name, costs=None):
     def found(leaves, rank, *near):
         tally = Tally(costs or (1,) * len(leaves), ((),) * len(leaves))
         with jax.enable_x64(True):
-            return SEARCHES[name](leaves, rank.astype(jnp.int64), tally, *near)
+            return SEARCHES[name](leaves, rank.astype(jnp.int64), NEEDED, tally, *near)
 
     return found
 
@@ -166,6 +167,20 @@ def test_digits_take_little_more_than_a_byte_an_element():
     compiled = search("digits").lower(leaves, rank, near).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     assert memory <= 1.3 * sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", ["digits", "bits, as for a CPU", "bits, as for a TPU"])
+def test_a_search_that_is_not_needed_takes_no_turns(name):
+    @jax.jit
+    def found(leaves, needed):
+        tally = Tally((1,) * len(leaves), ((),) * len(leaves))
+        with jax.enable_x64(True):
+            return SEARCHES[name](leaves, jnp.int64(N // 2), needed, tally)
+
+    leaves = in_leaves(normal)
+    low, _ = found(leaves, np.True_)
+    assert low == sorted_keys(normal)[N // 2]
+    assert found(leaves, np.False_)[0] in (-1, 0)  # where it begins
 
 
 def test_a_float64_array_is_searched_in_float64():

@@ -163,6 +163,8 @@ def gradual(
             if masks_gradient:
                 axis = input_axis(path, w.ndim)
                 reached &= _kept(w, t, state.effective.value, axis)
+            if sticky != "no":  # a group's own bound may be zero
+                reached &= (to_key(w) != 0) | ~is_positive(t)
             if freeze_step is not None:
                 reached &= (to_key(w) != 0) | ~state.frozen
             return jnp.where(reached, g, jnp.zeros_like(g))

@@ -79,7 +79,8 @@ class RegrowthState(NamedTuple):
 
 def _only(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Weights, or what belongs to them, zero where they are inactive."""
-    return choose(mask, jnp.asarray(x), 0)
+    x = jnp.asarray(x)
+    return choose(mask, x, jnp.zeros_like(x))
 
 
 def random_masks(

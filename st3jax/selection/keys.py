@@ -126,32 +126,27 @@ def from_key(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key, dtype)
 
 
-def choose(condition: jax.Array, x: jax.Array, y: jax.typing.ArrayLike) -> jax.Array:
+def choose(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """``jnp.where`` by bit patterns, so that subnormal numbers stay what they are.
 
     A choice between bfloat16 numbers may be made in float32, and flush them to zero.
 
     Args:
-        condition: Boolean array that broadcasts to ``x``.
+        condition: Boolean scalar or array of the shape of ``x``.
         x: Array of any floating-point dtype.
-        y: What to take elsewhere, converted to that dtype.
+        y: What to take elsewhere, an array of the same shape and dtype.
 
     Returns:
-        Array of the shape and dtype of ``x``.
+        Array of the same shape and dtype.
 
     Example:
         >>> x = jnp.array([1e-40, 2.0], jnp.bfloat16)
-        >>> to_key(choose(jnp.array([True, False]), x, 0)).tolist()
+        >>> to_key(choose(jnp.array([True, False]), x, jnp.zeros_like(x))).tolist()
         [65536, 0]
     """
     integer = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    y = jnp.broadcast_to(jnp.asarray(y).astype(x.dtype), x.shape)
-    chosen = jnp.where(
-        condition,
-        lax.bitcast_convert_type(x, integer),
-        lax.bitcast_convert_type(y, integer),
-    )
-    return lax.bitcast_convert_type(chosen, x.dtype)
+    a, b = (lax.bitcast_convert_type(part, integer) for part in (x, y))
+    return lax.bitcast_convert_type(jnp.where(condition, a, b), x.dtype)
 
 
 def is_positive(x: jax.typing.ArrayLike) -> jax.Array:
