@@ -43,6 +43,7 @@ from job.steps import (
 )
 from models.layers import BATCH_AXIS
 from workdir import checkpoints, report
+from workdir.claim import FREE, claim_workdir
 from workdir.monitor import Monitor
 
 
@@ -200,7 +201,7 @@ def _train_and_evaluate(
     job = build(config)
     config, data = job.config, job.data
     steps, steps_per_epoch = job.steps, job.steps_per_epoch
-    checkpoints.claim_workdir(workdir, config)
+    claim_workdir(workdir, config)
     state = create_train_state(config, job.model, job.tx)
     manager = checkpoints.open_checkpoints(workdir)
     state = checkpoints.restore(manager, state, console)
@@ -278,7 +279,7 @@ def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path
     changes = [
         f"{name}={value}"
         for name, value in sorted(overrides.items())
-        if name not in checkpoints.FREE
+        if name not in FREE
     ]
     return pathlib.Path("runs", "-".join([pathlib.Path(config_file).stem, *changes]))
 

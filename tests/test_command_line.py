@@ -19,6 +19,7 @@ import train
 from data import sources
 from errors import UserError
 from job.settings import settle
+from workdir.claim import claim_workdir
 
 TRAIN = [sys.executable, train.__file__]
 DIGITS = f"--config={digits_st3.__file__}"
@@ -234,7 +235,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_workdir_with_other_settings_is_not_touched(tmp_path):
     config = changed("data.dir", str(tmp_path))
-    train.checkpoints.claim_workdir(tmp_path / "run", settle(config).config)
+    claim_workdir(tmp_path / "run", settle(config).config)
     config.sparsity.final = 0.95
     with pytest.raises(UserError, match=r"sparsity\.final = 0\.9 there, 0\.95 here"):
         train.train_and_evaluate(config, tmp_path / "run")

@@ -84,3 +84,13 @@ def test_one_file_alone_enters_64_bit_mode():
         if "enable_x64" in path.read_text()
     ]
     assert using == ["selection/wide.py"]
+
+
+def test_a_training_job_uses_what_the_library_exports():
+    """Benchmarks may look inside: they measure the parts."""
+    folder = ROOT / "experiments"
+    for path in set(folder.rglob("*.py")) - set(folder.glob("benchmarks/*")):
+        text = path.read_text()
+        assert not re.search(r"^\s*from st3jax\b|^\s*import st3jax\.", text, re.M), path
+        used = set(re.findall(r"\bst3jax\.(\w+)\b(?!/)", text)) - {"py"}
+        assert used <= set(st3jax.__all__), path

@@ -30,7 +30,8 @@ import train
 from data import input_pipeline
 from errors import Stopped, UserError
 from job import steps
-from workdir import checkpoints, monitor
+from workdir import checkpoints, files, monitor
+from workdir.claim import claim_workdir
 
 STEPS = 66
 # What Orbax leaves behind where it fails: of many arrays that cannot be read it raises
@@ -250,20 +251,20 @@ def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints.os, name, killed)
+            patch.setattr(files.os, name, killed)
             with pytest.raises(KeyboardInterrupt):
-                checkpoints.claim_workdir(tmp_path, tiny())
+                claim_workdir(tmp_path, tiny())
         assert not (tmp_path / "config.json").exists()
-    checkpoints.claim_workdir(tmp_path, tiny())
+    claim_workdir(tmp_path, tiny())
     there = (tmp_path / "config.json").read_text()
     assert json.loads(there)["seed"] == tiny().seed
-    checkpoints.claim_workdir(tmp_path, tiny())
+    claim_workdir(tmp_path, tiny())
     with pytest.raises(UserError, match="holds a run with other settings"):
-        checkpoints.claim_workdir(tmp_path, tiny(seed=4))
+        claim_workdir(tmp_path, tiny(seed=4))
     assert (tmp_path / "config.json").read_text() == there
     (tmp_path / "config.json").write_text(there[:-9])
     with pytest.raises(UserError, match=r"config\.json is damaged: choose another"):
-        checkpoints.claim_workdir(tmp_path, tiny())
+        claim_workdir(tmp_path, tiny())
 
 
 def test_metrics_survive_a_kill_at_any_byte_and_at_the_next_start(

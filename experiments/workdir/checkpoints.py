@@ -1,4 +1,4 @@
-"""The workdir: whose run it holds, and Orbax checkpoints to continue it from.
+"""Orbax checkpoints in the workdir, to continue a run from.
 
 A checkpoint holds the whole training state. Random numbers and the position of the
 input follow from the seed and the state's step, so a run that was killed goes on as if
@@ -7,15 +7,12 @@ nothing had happened. Where many processes train, the first one alone reads and 
 
 import contextlib
 import hashlib
-import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -23,78 +20,16 @@ from rich.console import Console
 
 from errors import UserError
 from paths import by_path
+from workdir.files import writing
 
 __all__ = [
-    "claim_workdir",
     "closing",
     "open_checkpoints",
     "quiet_unraisable",
-    "replace_file",
     "restore",
     "save",
     "wait",
-    "writing",
 ]
-
-FREE = ("data.dir", "data.workers")
-"""Fields that change nothing about the result, so a run may go on with others."""
-
-
-def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the workdir and leaves the configuration in it.
-
-    Raises:
-        UserError: If it cannot be written to, or holds a run of other settings.
-    """
-    claim = workdir / "config.json"
-    settings = config.to_json_best_effort(indent=2)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not claim.exists():
-            replace_file(claim, settings)
-        with (workdir / "metrics.jsonl").open("a"):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the workdir {workdir} cannot be written to ({error.strerror}): choose "
-            "another with --workdir=..."
-        ) from None
-    try:
-        there = _flat(json.loads(claim.read_text()))
-    except ValueError:
-        raise UserError(
-            f"{claim} is damaged: choose another workdir with --workdir=..., or remove "
-            "that file if the run is of the settings given here"
-        ) from None
-    here = _flat(json.loads(settings))
-    differing = [
-        f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and name not in FREE
-    ]
-    if differing:
-        raise UserError(
-            f"the workdir {workdir} holds a run with other settings "
-            f"({'; '.join(differing[:3])}): choose another with --workdir=..."
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
-
-
-def replace_file(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a kill leaves either the old or the new one, whole."""
-    draft = path.with_name(f"{path.name}.draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave an empty file
-    os.replace(draft, path)
 
 
 class _Checkpoints(ocp.CheckpointManager):
@@ -177,23 +112,6 @@ def closing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
         raise
     with writing(checkpoints.directory):
         checkpoints.close()
-
-
-@contextlib.contextmanager
-def writing(folder: Any) -> Iterator[None]:
-    """Says in a sentence why something could not be written to a folder.
-
-    Raises:
-        UserError: If the disk is full, for instance.
-    """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"writing to {folder} failed ({lines[-1][-200:]}): the checkpoints before "
-            "are intact; make room, and the same command goes on from the last one"
-        ) from error
 
 
 def _digest(state: Any) -> str:

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from workdir.checkpoints import replace_file, writing
+from workdir.files import replace_file, writing
 
 __all__ = ["Monitor", "read_metrics"]
 
