@@ -160,13 +160,15 @@ def test_counters_of_one_byte_do_not_overflow():
         assert tuple(float(from_key(key)) for key in keys) == expected
 
 
-def test_digits_take_little_more_than_a_byte_an_element():
-    leaves = [jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(8)]
+@pytest.mark.parametrize(("count", "most"), [(8, 1.4), (64, 2.1)])
+def test_digits_take_a_byte_or_two_an_element(count, most):
+    """One in leaves that are counted alone, two where leaves share a buffer."""
+    leaves = [jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(count)]
     rank = jax.ShapeDtypeStruct((), jnp.int32)
     near = jax.ShapeDtypeStruct((), jnp.float32)
     compiled = search("digits").lower(leaves, rank, near).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
-    assert memory <= 1.3 * sum(leaf.size for leaf in leaves)
+    assert memory <= most * sum(leaf.size for leaf in leaves)
 
 
 @pytest.mark.parametrize("name", ["digits", "bits, as for a CPU", "bits, as for a TPU"])

@@ -1,5 +1,7 @@
 """STR: learned thresholds, their gradients, and the sparsity that emerges."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +62,8 @@ def test_at_first_the_model_sees_the_weights_themselves_and_trains_densely():
     grads = {"kernel": G, "bias": jnp.ones(8)}
     ours, state = jax.jit(tx.update)(grads, opt_state, params)
     dense, _ = jax.jit(MOMENTUM.update)(grads, MOMENTUM.init(params), params)
-    jax.tree.map(np.testing.assert_array_equal, ours, dense)
+    # Two programs: one may round where the other multiplies and adds at once.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, dense)
     assert float(state.thresholds["kernel"]) == pytest.approx(-3200 * 0.9)
 
 
