@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -45,3 +46,17 @@ def clear_caches():
     yield
     jax.clear_caches()
     gc.collect()  # so that no file is told of what another left behind
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """Programs of a file and of its subprocesses, for tests of what is around a step.
+
+    They have the same operations, but machine code that took less time to make.
+    """
+    import jax
+
+    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -21,6 +21,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import accelerator  # noqa: E402  the folder is no package
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ABSENT = ("array_record", "grain", "ml_collections", "tensorflow_datasets")
 STEPS = [name for name in accelerator.PARTS if name.startswith(("resnet", "trans"))]
 PROGRAM = """

@@ -20,6 +20,7 @@ from workdir import checkpoints
 
 PROGRAMS = pathlib.Path(two_processes.__file__).parent
 EXPERIMENTS = pathlib.Path(digits_st3.__file__).parent
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 TRAIN = [PROGRAMS / "train_checked.py"]
 SETTINGS = [  # 66 steps, so gentle that rounding errors stay small
     f"--config={digits_st3.__file__}",
@@ -56,7 +57,6 @@ def start(arguments, devices):
             **shared,
             "XLA_FLAGS": flags,
             "PYTHONPATH": os.pathsep.join(map(str, (EXPERIMENTS.parent, EXPERIMENTS))),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
         },
     )
 

@@ -38,6 +38,7 @@ STEPS = 66
 # for one, and its loop is closed when the others want to tell; and of arrays of which
 # one is of a kind that it does not know, it never asks for the metadata of the others.
 pytestmark = [
+    pytest.mark.usefixtures("quickly_compiled"),
     pytest.mark.filterwarnings(
         "ignore:(?s)Exception ignored in. None.*Event loop is closed"
         ":pytest.PytestUnraisableExceptionWarning"

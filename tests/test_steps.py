@@ -18,6 +18,8 @@ from job.settings import settle
 from models.layers import BATCH_AXIS
 from paths import by_path, kernels
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 class Small(nn.Module):
     """Two kernels, and a normalisation that the training state has to carry."""

@@ -16,6 +16,8 @@ from job.build import build
 from models.layers import BATCH_AXIS
 from workdir.monitor import read_metrics
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def data_dir(tmp_path_factory):

@@ -16,7 +16,7 @@ import optax
 
 from st3jax import ops
 from st3jax.checks import check_choice, check_steps
-from st3jax.engine.seeds import key_of
+from st3jax.engine.seeds import key_of, numbers_for
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import clear_state
 from st3jax.rule.distributions import layer_sparsities
@@ -108,14 +108,16 @@ def random_masks(
     """
     shapes = {path: jnp.shape(w) for path, w in leaves.items()}
     kept = _numbers_kept(distribution, shapes, sparsity)
+    scores = _random_scores(key_of(seed), leaves)
     return {
-        path: largest(
-            jax.random.uniform(key_of(seed, i), shapes[path], jnp.float32),
-            kept[path],
-            among=jnp.ones_like(w, bool),
-        )
-        for i, (path, w) in enumerate(leaves.items())
+        path: largest(scores[path], kept[path], among=jnp.ones_like(w, bool))
+        for path, w in leaves.items()
     }
+
+
+def _random_scores(key: jax.Array, leaves: Leaves) -> Leaves:
+    """A random number for every weight, from path to float32."""
+    return {path: x[0] for path, x in numbers_for(key, leaves).items()}
 
 
 @wide
@@ -277,13 +279,6 @@ def _reached(count: jax.Array, step: Any) -> jax.Array:
 def _in_box(mask: Any, part: Any) -> Any:
     """The mask in the box of its weight, if any: it is sharded the same way."""
     return mask if is_masked(mask) else jax.tree.map(lambda _: mask, part)
-
-
-def _random_scores(key: jax.Array, masks: Leaves) -> Leaves:
-    return {
-        path: jax.random.uniform(jax.random.fold_in(key, i), mask.shape, jnp.float32)
-        for i, (path, mask) in enumerate(masks.items())
-    }
 
 
 def _pruned(masks: Leaves, weights: Leaves, asked: Asked, count: jax.Array) -> Leaves:

@@ -18,7 +18,7 @@ from st3jax.checks import (
     check_steps,
     is_concrete,
 )
-from st3jax.engine.seeds import key_of, seed_of
+from st3jax.engine.seeds import key_of, numbers_for, seed_of
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
 from st3jax.methods.probmask.projection import project
@@ -319,17 +319,16 @@ def _of_nonzero(_: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.where(to_key(w) != 0, g, jnp.zeros_like(g))
 
 
+@jax.jit  # for finalize, which is called outside of it
 def _draw_masks(state: ProbMaskState) -> Any:
     """The relaxed mask of a step for each prunable leaf, the same at every call."""
-    place = {path: i for i, path in enumerate(named_leaves(state.probabilities))}
-
-    def draw(path: str, p: jax.Array, _: jax.Array) -> jax.Array:
-        first, second = jax.random.split(key_of(state.seed, state.count, place[path]))
-        u0 = jax.random.uniform(first, p.shape, jnp.float32)
-        u1 = jax.random.uniform(second, p.shape, jnp.float32)
-        return relaxed_mask(p, u0, u1, state.temperature)
-
-    return map_named(draw, state.probabilities, state.probabilities)
+    key = key_of(state.seed, state.count)
+    numbers = numbers_for(key, named_leaves(state.probabilities), each=2)
+    return map_named(
+        lambda path, p, _: relaxed_mask(p, *numbers[path], state.temperature),
+        state.probabilities,
+        state.probabilities,
+    )
 
 
 def _product(g: jax.Array, w: jax.Array) -> jax.Array:
