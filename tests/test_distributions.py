@@ -18,6 +18,8 @@ import st3jax
 from models.resnet import cifar_resnet, imagenet_resnet
 from st3jax.rule.distributions import erk_densities
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 few = settings(deadline=None, max_examples=15)
 seeds = st.integers(0, 2**32 - 1)
 fractions = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.8, 0.9, 1.0])

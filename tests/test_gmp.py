@@ -16,6 +16,8 @@ from toy import recording, seen_by_inner
 
 import st3jax
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 METHODS = {
     "no": st3jax.gmp,
     "strict": functools.partial(st3jax.gmp, sticky="strict"),

@@ -28,12 +28,18 @@ from toy import (
 
 import st3jax
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY = jax.random.key(7)
 SPARSITY, FREEZE, STEPS = 0.8, 6, 8
 RAMP = st3jax.polynomial_ramp(SPARSITY, 1, 5)
 HALF = st3jax.polynomial_ramp(0.5, 1, 5)
 COSTS = {"first/kernel": 5, "second/kernel": 1}
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
+OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
 
 
 def st3(sparsity=RAMP, **options):
@@ -170,9 +176,12 @@ def trajectory(tx, step, steps=STEPS, params=None):
 
 @functools.cache
 def usual(name):
-    """A transform around momentum that keeps what it sees, and its jitted step."""
+    """A transform around momentum that keeps what it sees, and its jitted step.
+
+    Compiled with all that XLA does for speed, unlike what is compared with it.
+    """
     tx = METHODS[name](recording(MOMENTUM))
-    return tx, jax.jit(make_step(tx))
+    return tx, jax.jit(make_step(tx), compiler_options=OPTIMIZED)
 
 
 @functools.cache
@@ -363,7 +372,7 @@ def pointers(tree):
 
 def test_donated_buffers_are_distinct_and_give_the_same_bits(name):
     tx, _ = usual(name)
-    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1), compiler_options=OPTIMIZED)
     spare = tx.init(network())
     params, opt_state = network(), tx.init(network())
     for i, plain in enumerate(usual_run(name)):

@@ -37,6 +37,8 @@ from st3jax.methods.rigl import rigl
 from st3jax.methods.set_ import set_
 from st3jax.rule.distributions import erk_densities
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY = jax.random.key(7)
 RAMP = st3jax.polynomial_ramp(0.8, begin=2, end=8)
 STEPS = 12

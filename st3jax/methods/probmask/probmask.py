@@ -324,11 +324,12 @@ def _draw_masks(state: ProbMaskState) -> Any:
     """The relaxed mask of a step for each prunable leaf, the same at every call."""
     key = key_of(state.seed, state.count)
     numbers = numbers_for(key, named_leaves(state.probabilities), each=2)
-    return map_named(
-        lambda path, p, _: relaxed_mask(p, *numbers[path], state.temperature),
-        state.probabilities,
-        state.probabilities,
-    )
+
+    def draw(path: str, p: jax.Array, _: jax.Array) -> jax.Array:
+        u0, u1 = numbers[path]
+        return relaxed_mask(p, u0, u1, state.temperature)
+
+    return map_named(draw, state.probabilities, state.probabilities)
 
 
 def _product(g: jax.Array, w: jax.Array) -> jax.Array:
