@@ -19,8 +19,6 @@ from ml_collections import ConfigDict
 import st3jax
 from st3jax.selection.quantile import threshold
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 F16, BF16, F32, F64 = map(jnp.dtype, ("float16", "bfloat16", "float32", "float64"))
 DTYPES = {
     "float16": (F16,) * 4,

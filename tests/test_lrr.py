@@ -16,8 +16,6 @@ from toy import recording
 
 import st3jax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 RATE, MOMENTUM = 0.25, 0.5  # powers of two: products are exact, sums round once
 SGD = optax.sgd(RATE, momentum=MOMENTUM)
 CYCLE, SPARSITY = 3, 0.5

@@ -246,8 +246,9 @@ def test_the_pattern_of_groups_and_of_blocks_is_there_at_the_end():
 def test_finalize_returns_what_the_model_sees_to_the_bit(name):
     run = usual_run(name)
     start = FREEZE - 1 if name in SAMPLED else 0
+    finalize = jax.jit(st3jax.finalize, compiler_options=OPTIMIZED)
     for now, later in zip(run[start:-1], run[start + 1 :], strict=True):
-        weights = st3jax.finalize(now.params, now.opt_state)
+        weights = finalize(now.params, now.opt_state)
         assert_identical(jax.device_get(weights), later.seen)
 
 

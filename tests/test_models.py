@@ -21,8 +21,6 @@ from models import MODELS, create_model, layers
 from models.layers import BATCH_AXIS
 from models.vgg import VGG
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 KEY = jax.random.key(0)
 
 

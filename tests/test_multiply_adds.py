@@ -14,8 +14,6 @@ import st3jax
 from models.resnet import cifar_resnet, imagenet_resnet
 from st3jax.trees import named_leaves
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 KEY = jax.random.key(0)
 
 

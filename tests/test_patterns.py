@@ -21,8 +21,6 @@ import st3jax
 import st3jax.nnx
 from st3jax.rule import patterns
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 DTYPES = tuple(map(jnp.dtype, ("float32", "float64", "bfloat16", "float16")))
 SGD = optax.sgd(0.1)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)

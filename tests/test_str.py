@@ -11,8 +11,6 @@ import pytest
 import st3jax
 from st3jax.methods.str_ import STRState, str_
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 DECAY = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1.0, momentum=0.5))
 MOMENTUM = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
 G = jax.random.normal(jax.random.key(1), (8, 8))
