@@ -71,7 +71,8 @@ def prune(
     References:
         Section 3 of arXiv:2212.01076 for the threshold.
     """
-    sparsity = as_mapping(sparsity) or sparsity
+    by_path = as_mapping(sparsity)
+    sparsity = sparsity if by_path is None else by_path
     check_predicate(prunable)
     rule = make_rule(
         criterion=criterion, distribution=distribution, costs=costs, pattern=pattern

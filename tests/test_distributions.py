@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import st3jax
 from models.resnet import cifar_resnet, imagenet_resnet
-from st3jax.rule.distributions import erk_densities
+from st3jax.rule.distributions import erk_densities, layer_sparsities
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -339,8 +339,25 @@ def test_of_a_mapping_the_first_path_that_matches_counts():
         },
         params,
     )
-    other_way = st3jax.prune(params, {"*e*": 0.2, "wide*": 0.7, "*": 0.4})
-    assert_counts(other_way, {n: asked(SIZES[n], 0.2) for n in KERNELS}, params)
+    pruned = st3jax.prune(params, {"wide*": 0.7, "*e*": 0.2, "*": 0.4})
+    expected = {n: asked(SIZES[n], 0.7 if n == "wide" else 0.2) for n in KERNELS}
+    assert_counts(pruned, expected, params)
+
+
+@pytest.mark.parametrize("first", ["*", "*e*"])
+def test_a_path_that_counts_for_no_leaf_is_an_error(first):
+    with pytest.raises(ValueError, match=r"'wide\*' of sparsity counts for no leaf"):
+        st3jax.prune(network(2), {first: 0.2, "wide*": 0.7})
+
+
+def test_an_empty_layer_has_no_part_in_erk():
+    shapes = {"none": (0, 4), "a": (8, 8), "b": (4, 16)}
+    found = layer_sparsities("erk", shapes, 0.5)
+    del shapes["none"]
+    expected = layer_sparsities("erk", shapes, 0.5)
+    assert {path: float(found[path]) for path in shapes} == {
+        path: float(s) for path, s in expected.items()
+    }
 
 
 def test_a_path_is_matched_as_a_whole_with_its_case():

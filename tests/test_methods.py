@@ -517,10 +517,8 @@ def test_an_update_follows_what_was_prunable_at_the_start(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_trains_where_nothing_is_promoted(name, dtype):
     """Neither ranks nor dtypes, without a word from the user."""
-    # Adam, which learns probabilities by default, promotes its count.
-    options = {"probability_optimizer": MOMENTUM} if name == "probmask" else {}
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        tx = METHODS[name](MOMENTUM, **options)
+        tx = METHODS[name](MOMENTUM)
         params = network(dtype=dtype)
         state = tx.init(params)
 
@@ -687,13 +685,49 @@ def test_a_state_of_a_mask_that_was_never_fixed_is_trained_on_and_fixed(
     assert zeros(params) == zeros(usual_run(name)[-1].params) > 0
 
 
-def test_a_state_says_itself_how_its_weights_become_effective():
-    """Saved numbers do not: they are what the transform that takes them makes them."""
+@pytest.mark.parametrize(("completed", "late"), [(7, 5), (7, 7), (7, 8), (5, 5)])
+@pytest.mark.parametrize("name", OPEN)
+def test_a_mask_that_should_have_been_fixed_before_is_fixed_at_the_next_step(
+    name, completed, late
+):
+    """A state that was saved without ``freeze_step`` may come late."""
+    params, opt_state = open_run(name, completed)
+    tx = METHODS[name](recording(MOMENTUM), freeze_step=late)
+    step = jax.jit(make_step(tx))
+    before = zeros(st3jax.finalize(params, opt_state))
+    for i in range(completed, completed + 4):
+        params, opt_state, *_ = step(params, opt_state, make_batch(i))
+        assert opt_state.frozen == (opt_state.count >= late)
+    assert_identical(jax.device_get(st3jax.finalize(params, opt_state)), params)
+    assert zeros(params) > before / 2 > 0
+
+
+OTHER_OPTIONS = [{"pattern": "2:4"}, {"pattern": (4, 2)}, {"soft": False}]
+
+
+@pytest.mark.parametrize("options", OTHER_OPTIONS, ids=str)
+def test_a_state_of_other_options_is_refused(options):
+    plain, other = st3jax.st3(MOMENTUM, 0.5), st3jax.st3(MOMENTUM, 0.5, **options)
+    for one, two in ((plain, other), (other, plain)):
+        with pytest.raises(ValueError, match="the state is of another transform: wei"):
+            jax.eval_shape(two.update, network(1), one.init(network()), network())
+
+
+def test_a_state_of_another_method_is_refused(name):
+    tx = METHODS[name](MOMENTUM)
+    others = [METHODS[other](MOMENTUM) for other in ("st3", "set", "probmask", "str")]
+    states = [other.init(network()) for other in (*others, MOMENTUM)]
+    others = [s for s in states if not isinstance(s, type(tx.init(network())))]
+    assert len(others) == 4
+    for state in others:
+        with pytest.raises(TypeError, match=r"update got a state of the type \w+, but"):
+            tx.update(network(1), state, network())
+
+
+def test_saved_numbers_are_what_the_transform_that_takes_them_makes_them():
     soft, hard = (st3jax.st3(MOMENTUM, 0.5, soft=soft) for soft in (True, False))
-    state = soft.init(network())
-    assert program(hard, state) == program(soft, state)
-    assert state != hard.init(network())
-    params, trained = network(), jax.jit(soft.update)(network(1), state, network())[1]
+    params, state = network(), soft.init(network())
+    trained = jax.jit(soft.update)(network(1), state, network())[1]
     seen = flat(st3jax.finalize(params, trained))
     template = jax.device_get(hard.init(network()))
     restored = serialization.from_bytes(template, serialization.to_bytes(trained))

@@ -53,6 +53,10 @@ class Effective(NamedTuple):
     formula: Formula
     pattern: Pattern
 
+    def __str__(self) -> str:
+        name = getattr(self.formula, "__name__", repr(self.formula))
+        return f"{name} with {self.pattern}"
+
 
 @functools.partial(jax.jit, static_argnames=("how", "axis"))
 def _seen(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
@@ -135,11 +139,14 @@ def gradual(
         ValueError: If an argument is out of its range or excludes another.
         TypeError: If an argument is not of its kind.
     """
-    sparsity = as_mapping(sparsity) or sparsity
+    by_path = as_mapping(sparsity)
+    sparsity = sparsity if by_path is None else by_path
     check_steps(update_every, "update_every", 1)
     if freeze_step is not None:
         check_steps(freeze_step, "freeze_step", 1)
     check_schedules(rule, sparsity, freeze_step)
+
+    own = Static(Effective(formula, rule.pattern))
 
     def check(leaves: dict[str, Any], params: optax.Params) -> None:
         check_fits(rule, leaves, params, sparsity)
@@ -151,7 +158,7 @@ def gradual(
             count=first_count(),
             thresholds=per_leaf_tree(params, off),
             frozen=jnp.zeros([], bool),
-            effective=Static(Effective(formula, rule.pattern)),
+            effective=own,
             inner_state=None,
         )
 
@@ -171,19 +178,19 @@ def gradual(
 
         return map_named(reaching, state.thresholds, grads, params), state
 
-    def due_at(count: jax.Array) -> jax.Array | bool:
-        """Whether thresholds move after ``count`` completed steps."""
+    def is_due(state: ThresholdState) -> jax.Array | bool:
+        """Whether thresholds move now: they end when the mask is fixed."""
         if freeze_step is None and is_concrete(update_every) and update_every == 1:
             return True
-        due = (count % update_every == 0) | ramp_ends(sparsity, count)
-        if freeze_step is not None:
-            due = (due | (count == freeze_step)) & (count <= freeze_step)
-        return due
+        due = (state.count % update_every == 0) | ramp_ends(sparsity, state.count)
+        if freeze_step is None:
+            return due
+        return jnp.where(state.count >= freeze_step, ~state.frozen, due)
 
-    def moved(count: jax.Array, thresholds: Any, params: Any) -> Any:
-        """The thresholds after ``count`` completed steps."""
-        s, due = at_step(sparsity, count), due_at(count)
-        before = named_leaves(thresholds)
+    def moved(state: ThresholdState, params: Any) -> Any:
+        """The thresholds after ``state.count`` completed steps."""
+        count, due = state.count, is_due(state)
+        s, before = at_step(sparsity, count), named_leaves(state.thresholds)
         every = named_leaves(params)
         # Compare what the next step will see, to the last bit.
         held = tied_to(count, [every[path] for path in before])
@@ -192,7 +199,7 @@ def gradual(
         after = leaf_thresholds(rule, leaves, selected)
         if due is not True:
             after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
-        return in_place_of(thresholds, after)
+        return in_place_of(state.thresholds, after)
 
     def hold_fixed(state: ThresholdState, updates: Any, params: Any) -> Any:
         """The updates that a mask which outlives the step allows."""
@@ -238,21 +245,21 @@ def gradual(
     def land(
         state: ThresholdState, updates: Any, params: Any, _: Any
     ) -> tuple[optax.Updates, ThresholdState]:
+        _check_effective(state.effective.value, own.value)
         if freeze_step is not None or sticky == "strict":
             updates = hold_fixed(state, updates, params)
         stepped = optax.apply_updates(params, updates)
-        thresholds = moved(state.count, state.thresholds, stepped)
-        state = state._replace(thresholds=thresholds)
+        state = state._replace(thresholds=moved(state, stepped))
         if sticky != "no":
             updates, state = remove(state, updates, params, stepped)
         if sticky == "strict":  # what is gone is told by the zeros themselves
             thresholds = jax.tree.map(_above_zeros_alone, state.thresholds)
             state = state._replace(thresholds=thresholds)
         if freeze_step is None:
-            return updates, state
+            return updates, state._replace(frozen=jnp.zeros([], bool))
         frozen = state.count >= freeze_step
-        updates = where(
-            state.count == freeze_step,
+        updates = where(  # later than asked for, if the state comes from elsewhere
+            frozen & ~state.frozen,
             lambda: fixed(state, updates, params, stepped),
             lambda: updates,
         )
@@ -264,10 +271,21 @@ def gradual(
         inner,
         init,
         land,
+        state_type=ThresholdState,
         check=check,
         gradients=gradients if masks else None,
         prunable=prunable,
     )
+
+
+def _check_effective(there: Effective, here: Effective) -> None:
+    """Raises if a state's thresholds are not what the transform would make of them."""
+    if there != here:
+        raise ValueError(
+            f"the state is of another transform: weights become effective by {there} "
+            f"there and by {here} here; go on with the options that made the state, or "
+            "begin with a new one from init"
+        )
 
 
 @jax.jit

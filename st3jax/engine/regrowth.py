@@ -264,6 +264,7 @@ def regrowth(
         inner,
         init,
         land,
+        state_type=RegrowthState,
         gradients=gradients if masks_gradient or freeze_step is not None else None,
         seen=lambda state, params: state.effective_params(params),
         prunable=prunable,

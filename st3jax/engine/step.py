@@ -74,6 +74,7 @@ def sparse_transform(
     init: Callable[[dict[str, Any], optax.Params], Any],
     land: Callable[..., tuple[optax.Updates, Any]],
     *,
+    state_type: type,
     check: Callable[[dict[str, Any], optax.Params], None] | None = None,
     gradients: Callable[[Any, Any, Any], Any] | None = None,
     seen: Callable[[Any, Any], Any] | None = None,
@@ -88,6 +89,7 @@ def sparse_transform(
         land: From (state, updates, params, gradients) after the inner update, with the
             step counted, to the updates that the user adds and the state to keep.
             The gradients are those that ``update`` was given.
+        state_type: Of the states that ``init`` makes.
         check: Raises if the method does not fit these (prunable leaves, params).
         gradients: From (state, gradients, params) to those that ``inner`` sees, and
             the state after it; all of them if ``None``.
@@ -136,6 +138,7 @@ def sparse_transform(
                 "what is zero depends on the weights, so update needs them: call "
                 "tx.update(grads, opt_state, params)"
             )
+        _check_state(state, state_type)
         check_same_structure(state.per_leaf, params)
         grads = updates
         if seen_gradients is not None:
@@ -149,3 +152,13 @@ def sparse_transform(
         return after(state, inner_state, updates_of_inner, params, updates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_state(state: Any, state_type: type) -> None:
+    """Raises unless it is a state of this kind of transform."""
+    if not isinstance(state, state_type):
+        raise TypeError(
+            f"update got a state of the type {type(state).__name__}, but this "
+            f"transform has a {state_type.__name__}: pass the state that its own init "
+            "or its last update returned"
+        )

@@ -171,7 +171,8 @@ def str_(
         )
         if freeze_step is None:
             return updates, state._replace(frozen=jnp.zeros([], bool))
-        fix = state.count == freeze_step
+        frozen = state.count >= freeze_step
+        fix = frozen & ~state.frozen
         updates = map_where_prunable(
             lambda _, u, w, target: jnp.where(fix, step_onto(w, target, u.dtype), u),
             state.thresholds,
@@ -179,9 +180,16 @@ def str_(
             params,
             state.effective_params(optax.apply_updates(params, updates)),
         )
-        return updates, state._replace(frozen=state.count >= freeze_step)
+        return updates, state._replace(frozen=frozen)
 
-    return sparse_transform(inner, init, land, gradients=gradients, prunable=prunable)
+    return sparse_transform(
+        inner,
+        init,
+        land,
+        state_type=STRState,
+        gradients=gradients,
+        prunable=prunable,
+    )
 
 
 def _reaches(v: jax.Array, w: jax.Array) -> jax.Array:

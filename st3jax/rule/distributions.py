@@ -62,7 +62,8 @@ def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
         From the path of each leaf to its value.
 
     Raises:
-        ValueError: If a leaf matches no path or a path no leaf.
+        ValueError: If a leaf matches no path, or if a path other than ``"*"`` counts
+            for no leaf.
 
     Example:
         >>> by_path({"*head*": 0.5, "*": 0.9}, ["stem/kernel", "head/kernel"])
@@ -74,7 +75,7 @@ def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
             raise ValueError(
                 f"the path {path!r} of sparsity matches no prunable leaf ({listed})"
             )
-    chosen = {}
+    chosen, counting = {}, set()
     for leaf in paths:
         matching = [path for path in values if fnmatch.fnmatchcase(leaf, path)]
         if not matching:
@@ -83,6 +84,13 @@ def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
                 "'*' for all that is left"
             )
         chosen[leaf] = values[matching[0]]
+        counting.add(matching[0])
+    for path in values:
+        if path not in counting and path != "*":  # there may be nothing left
+            raise ValueError(
+                f"the path {path!r} of sparsity counts for no leaf, as others before "
+                "it match all of its own: put it before them"
+            )
     return chosen
 
 
@@ -116,7 +124,8 @@ def erk_densities(
         Mocanu et al., Nature Communications 9, 2018, for the rule without kernels.
     """
     sizes = np.array([np.prod(shape, dtype=float) for shape in shapes])
-    q = np.array([sum(shape) for shape in shapes]) / sizes
+    sums = np.array([sum(shape) if 0 not in shape else 0 for shape in shapes], float)
+    q = sums / np.maximum(sizes, 1)
     # Candidates: the layers above each of the values of q are dense, and no others.
     bounds = np.unique(q)[::-1]
     dense = q[None, :] > bounds[:, None]

@@ -46,6 +46,12 @@ class Pattern(NamedTuple):
     kind: str
     numbers: tuple[int, ...]
 
+    def __str__(self) -> str:
+        if self.kind == "any":
+            return "no pattern"
+        between = ":" if self.kind == "groups" else "x"
+        return f"the pattern {between.join(map(str, self.numbers))}"
+
 
 ANY = Pattern("any", ())
 """Zeros may be anywhere."""

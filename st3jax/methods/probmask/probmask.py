@@ -204,7 +204,7 @@ def probmask(
         arXiv:2105.01571; the temperature and the rates are those of the authors' code.
     """
     if probability_optimizer is None:
-        probability_optimizer = optax.adam(6e-3)
+        probability_optimizer = _adam()
     _check_arguments(probability_optimizer, clip_norm, draw)
     seed = seed_of(key)
     _check_schedules(sparsity, freeze_step, temperature)
@@ -294,7 +294,7 @@ def probmask(
             updates,
             params,
         )
-        fix = state.count == freeze_step
+        fix = (state.count >= freeze_step) & ~state.frozen
         state = state._replace(
             temperature=temperature_at(state.count), frozen=state.frozen | fix
         )
@@ -305,7 +305,25 @@ def probmask(
         )
         return updates, state
 
-    return sparse_transform(inner, init, land, gradients=gradients, prunable=prunable)
+    return sparse_transform(
+        inner,
+        init,
+        land,
+        state_type=ProbMaskState,
+        gradients=gradients,
+        prunable=prunable,
+    )
+
+
+def _adam() -> optax.GradientTransformation:
+    """Adam, also where its powers of a count would be promotions that are forbidden."""
+    adam = optax.adam(6e-3)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return adam.update(grads, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 @wide
