@@ -186,7 +186,7 @@ def train_and_evaluate(
         Stopped: If the run was asked to stop, and its state is saved.
     """
     with (
-        _folder_of_this_process(workdir) as workdir,
+        _folder_of_this_process(pathlib.Path(workdir)) as workdir,
         processes.asked_to_stop() as asked_to_stop,
     ):
         return _train_and_evaluate(config, workdir, asked_to_stop)
@@ -333,7 +333,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Reads the command line; a field that does not exist is told in a sentence."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError as error:  # from ml_collections
+    except (AttributeError, KeyError) as error:  # from ml_collections
+        if "get_config" in str(error):
+            sys.exit("error: a configuration file has a function get_config()")
         field = re.search(r"\w+", str(error))
         meant = re.search(r'mean "(\w+)"', str(error))
         sys.exit(

@@ -13,6 +13,7 @@ from training import stand_in
 import base_config
 import cifar10_st3
 import digits_st3
+import errors
 import fashion_mnist_st3
 import imagenet_st3
 import train
@@ -29,8 +30,16 @@ FLAGS = [  # arguments, the one line that ends the run
         [DIGITS, "--config.sparsity.finall=0.9"],
         "error: the configuration has no field 'finall', did you mean 'final'",
     ),
+    (
+        [DIGITS, "--config.sparsit.final=0.5"],
+        "error: the configuration has no field 'sparsit', did you mean 'sparsity'",
+    ),
     ([DIGITS, "--config.sparsity.final=high"], "could not convert string to float"),
     (["--config=nowhere.py"], "error: there is no configuration file nowhere.py"),
+    (
+        [f"--config={errors.__file__}"],
+        "error: a configuration file has a function get_config()",
+    ),
     ([DIGITS, "extra"], "error: unknown argument 'extra': settings are --config.x=y"),
     ([DIGITS, "--confg.seed=1"], "Unknown command line flag 'confg.seed'"),
     ([], "flag --config=None: Flag --config must have a value other than None"),
@@ -55,10 +64,18 @@ FIELDS = [  # field, value, the sentence
         "config.sparsity.method is one of 'none', 'st3'",
     ),
     ("sparsity.criterion", "l2", "criterion is one of 'l1', 'l1_sigma', got 'l2'"),
-    ("sparsity.end_epoch", 1, "the ramp ends at step 22, not after it begins at step"),
-    ("sparsity.begin_epoch", -1, "begin is a number of steps, 0 or more, got -22"),
-    ("sparsity.end_epoch", 99, "freeze_step 1320 comes before the ramp is over"),
-    ("sparsity.end_epoch", math.inf, "config.sparsity: cannot convert float infinity"),
+    ("sparsity.end_epoch", 1, "end_epoch 1.0 is not after config.sparsity.begin_epo"),
+    ("sparsity.begin_epoch", -1, "config.sparsity.begin_epoch is 0 or more, got -1"),
+    ("sparsity.end_epoch", 99, "end_epoch is 60 or less, as config.num_epochs is 60"),
+    ("sparsity.end_epoch", math.inf, "config.sparsity.end_epoch is below inf, got inf"),
+    ("sparsity.layers", (("*", 0.5), ("*", 0.9)), "texts, each once, got ['*', '*']"),
+    ("sparsity.layers", ((5, 0.5),), "the paths of layers are texts, each once, got"),
+    (
+        "sparsity.layers",
+        (("*", 0.9), ("stem/*", 0.0)),
+        "the path 'stem/*' of sparsity counts for no leaf",
+    ),
+    ("sparsity.pattern", "1x1", "pattern '1x1' is one weight, so no pattern: write"),
     ("sparsity.power", 0.0, "power is a number above 0, got 0.0"),
     ("sparsity.update_every_steps", 0, "update_every is a number of steps, 1 or more"),
     ("sparsity.distribution", "even", "distribution is one of 'global', 'uniform', "),
@@ -79,7 +96,14 @@ FIELDS = [  # field, value, the sentence
     ("model.dpeth", 9, "config.model.dpeth is not a field of a configuration"),
     ("model.widen", 9, "config.model: widen is 9, but 'cifar_resnet' has no widen"),
     ("model.depth", None, "config.model: depth is missing, which 'cifar_resnet' needs"),
-    ("model.dtype", "float7", "config.model: data type 'float7' not understood"),
+    ("model.dtype", "float7", "config.model.dtype is one of 'float32', 'bfloat16', "),
+    ("model.dtype", "complex64", "config.model.dtype is one of 'float32', 'bfloat16'"),
+    ("model.dtype", "float64", "config.model.dtype is one of 'float32', 'bfloat16', "),
+    ("model.width", 0, "config.model.width is 1 or more, got 0"),
+    ("model.stem_stride", 0, "config.model.stem_stride is 1 or more, got 0"),
+    ("model.dropout", 2.0, "config.model.dropout is below 1, got 2.0"),
+    ("model.norm_momentum", math.nan, "config.model.norm_momentum is 0 or more, got n"),
+    ("model.norm_momentum", 5.0, "config.model.norm_momentum is below 1, got 5.0"),
     ("batch_size", 0, "config.batch_size is 1 or more, got 0"),
     ("batch_size", 65, "config.batch_size 65 cannot be split evenly over 8 devices"),
     ("num_epochs", 0, "config.num_epochs is 1 or more, got 0"),
@@ -102,7 +126,13 @@ FIELDS = [  # field, value, the sentence
     ("optimizer.clip_norm", 0.0, "config.optimizer.clip_norm is above 0, got 0.0"),
     ("learning_rate.peak", math.nan, "config.learning_rate.peak is 0 or more, got nan"),
     ("checkpoint_every_epochs", math.inf, "checkpoint_every_epochs is below inf, got"),
-    ("learning_rate.warmup_epochs", 60, "config.learning_rate: "),
+    ("learning_rate.peak", math.inf, "config.learning_rate.peak is below inf, got inf"),
+    ("learning_rate.warmup_epochs", 60, "warmup_epochs is 59 or less, as config.num_e"),
+    ("data.mean", ("a",), "config.data.mean is made of numbers, got ('a',)"),
+    ("data.mean", (math.inf,), "config.data.mean is made of numbers, got (inf,)"),
+    ("data.std", (None,), "config.data.std is made of numbers, got (None,)"),
+    ("num_epochs", 10**8, "config.num_epochs is below 1000000, got 100000000"),
+    ("defaults.st3", 3, "config.defaults.st3 has fields and their values, got 3"),
     (
         "data.augmentation",
         "resized_crop",
@@ -187,6 +217,25 @@ def test_settings_that_do_not_fit_the_data_are_named(field, value, sentence, tmp
     with pytest.raises(UserError) as error:
         sources.load(config)
     assert sentence in str(error.value)
+
+
+def test_a_folder_without_images_to_test_on_is_named(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    for i in range(64):
+        (tmp_path / "train" / "a" / f"{i}.png").write_bytes(b"")
+    config = changed("data.name", "folder")
+    config.data.update(dir=str(tmp_path), in_memory=False)
+    with pytest.raises(UserError, match="'test' of 'folder' has no image: name a"):
+        sources.load(settle(config).config)
+
+
+def test_the_workdir_may_be_text(tmp_path):
+    config = changed("data.dir", str(tmp_path))
+    claim_workdir(tmp_path / "run", settle(config).config)
+    config.sparsity.final = 0.95
+    with pytest.raises(UserError, match=r"sparsity\.final = 0\.9 there, 0\.95 here"):
+        train.train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def test_a_missing_field_is_named():

@@ -278,6 +278,14 @@ USELESS = [  # method, other fields, the field that does nothing, its value
         "sparsity.criterion",
         "l1_sigma",
     ),
+    ("st3", {"sparsity.layers": (("*", 0.5),)}, "sparsity.distribution", "global"),
+    ("gmp", {"sparsity.layers": (("*", 0.5),)}, "sparsity.budget", "weights"),
+    (
+        "ste",
+        {"sparsity.pattern": "2:4", "sparsity.final": 0.5},
+        "sparsity.distribution",
+        "global",
+    ),
     ("st3", {}, "data.workers", 2),
     ("st3", {"data.augmentation": "none"}, "data.shift_pixels", 2),
     ("st3", {}, "learning_rate.drop_epochs", (30,)),
@@ -304,6 +312,47 @@ def test_a_setting_that_does_nothing_is_refused(method, fields, field, value):
     # Which says nothing against the method.
     default = {f"defaults.common.{field}": value}
     assert of_method("digits_st3", method, **fields, **default) == without
+
+
+DEFAULTS = [  # of a method, though the run may be one of another
+    (
+        "granet",
+        {"sparsity": {"updat": 3}},
+        ".granet.sparsity.updat is the default of n",
+    ),
+    (
+        "st3",
+        {"granet": {"drop": 0.9}},
+        ".st3.granet.drop does nothing, as only 'g",
+    ),
+    ("none", {"ramp": (0.0, 0.5)}, ".none.sparsity.begin_epoch does nothing, as only"),
+    (
+        "granet",
+        {"ramp": (0.5,)},
+        ".granet.ramp is two shares of num_epochs, (be",
+    ),
+    ("gmp", {"foo": 3}, ".gmp.foo is the default of no field"),
+    ("gmpp", {}, " is one of 'common', 'none', 'st3'"),
+]
+
+
+@pytest.mark.parametrize(("method", "section", "sentence"), DEFAULTS)
+def test_a_default_that_does_nothing_is_refused(method, section, sentence):
+    config = base_config.get_config()
+    config.defaults[method] = ml_collections.ConfigDict(section)
+    with pytest.raises(UserError, match=re.escape(f"config.defaults{sentence}"[:60])):
+        settle(config)
+
+
+def test_drops_of_the_rate_are_while_the_network_trains():
+    fields = {"learning_rate.schedule": "step", "num_epochs": 100}
+    config = of_method("digits_st3", "st3", **fields)
+    assert config.learning_rate.drop_epochs == (80,)  # of the default, (80, 120)
+    for drops in ((100,), (0,), (20, 20), (30, 20), (-1,), (2.5,), ("a",)):
+        with pytest.raises(UserError, match="drop_epochs are whole numbers above"):
+            of_method(
+                "digits_st3", "st3", **fields, **{"learning_rate.drop_epochs": drops}
+            )
 
 
 def shown(config):

@@ -60,6 +60,11 @@ def load(config: ml_collections.ConfigDict) -> Data:
     if config.data.in_memory:
         train, test = (_decoded(source, config) for source in opened[:2])
         opened = opened._replace(train=train, test=test)
+    if not len(opened.test):
+        raise UserError(
+            f"config.data.test_split {config.data.test_split!r} of "
+            f"{config.data.name!r} has no image: name a split to test on"
+        )
     if len(opened.train) < config.batch_size:
         raise UserError(
             f"config.batch_size {config.batch_size} is more than the "

@@ -61,6 +61,9 @@ def _ramps(config: Any, steps_per_epoch: int) -> Any:
         return _ramp(config, steps_per_epoch, config.sparsity.final)
     if not all(isinstance(layer, tuple) and len(layer) == 2 for layer in layers):
         raise ValueError(f"layers are pairs of a path and its final, got {layers!r}")
+    paths = [path for path, _ in layers]
+    if not all(isinstance(path, str) for path in paths) or len({*paths}) < len(paths):
+        raise ValueError(f"the paths of layers are texts, each once, got {paths!r}")
     return {path: _ramp(config, steps_per_epoch, final) for path, final in layers}
 
 
@@ -78,7 +81,10 @@ def _rule(config: Any, costs: dict[str, int]) -> dict[str, Any]:
 def _pattern(text: str) -> str | tuple[int, ...] | None:
     """N:M as it is; a block as its shape."""
     if re.fullmatch(r"\d+(x\d+)*", text):
-        return tuple(map(int, text.split("x")))
+        block = tuple(map(int, text.split("x")))
+        if set(block) == {1}:
+            raise ValueError(f"pattern {text!r} is one weight, so no pattern: write ''")
+        return block
     if text and not re.fullmatch(r"\d+:\d+", text):
         raise ValueError(
             f"pattern is N:M such as '2:4', or a block such as '4x8', got {text!r}"

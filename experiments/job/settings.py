@@ -25,6 +25,7 @@ CHOICES = {
     "data.broken_images": ("stop", "skip"),
     "not_finite": ("stop", "skip"),
     "sparsity.budget": ("weights", "multiply_adds"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
 }
 AT_LEAST = {
     "seed": 0,
@@ -39,22 +40,52 @@ AT_LEAST = {
     "data.image_size": 1,
     "data.workers": 0,
     "data.shift_pixels": 0,
+    "model.depth": 1,
+    "model.width": 1,
+    "model.widen": 1,
+    "model.stem_stride": 1,
+    "model.dropout": 0,
+    "model.norm_momentum": 0,
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
     "learning_rate.peak": 0,
     "learning_rate.warmup_epochs": 0,
     "learning_rate.drop_factor": 0,
     "learning_rate.fine_tune": 0,
+    "sparsity.begin_epoch": 0,
     "probmask.learning_rate": 0,
     "str_.weight_decay": 0,
 }
-ABOVE: dict[str, float] = {"checkpoint_every_epochs": 0, "optimizer.clip_norm": 0}
+ABOVE: dict[str, float] = {
+    "checkpoint_every_epochs": 0,
+    "model.multiplier": 0,
+    "optimizer.clip_norm": 0,
+    "rigl.end": 0,
+}
 BELOW: dict[str, float] = {
     "seed": 2**32,
+    "num_epochs": 10**6,
+    "fine_tune_epochs": 10**6,
     "ema_decay": 1,
     "label_smoothing": 1,
+    "model.dropout": 1,
+    "model.norm_momentum": 1,
     "optimizer.momentum": 1,
-    "checkpoint_every_epochs": math.inf,
+    **dict.fromkeys(
+        [
+            "checkpoint_every_epochs",
+            "learning_rate.drop_factor",
+            "learning_rate.fine_tune",
+            "learning_rate.peak",
+            "model.multiplier",
+            "optimizer.clip_norm",
+            "optimizer.weight_decay",
+            "probmask.learning_rate",
+            "sparsity.end_epoch",
+            "str_.weight_decay",
+        ],
+        math.inf,
+    ),
 }
 
 
@@ -98,13 +129,16 @@ NEEDS = [
     ("learning_rate.fine_tune", Need("fine_tune_epochs", lambda x: x != 0, "above 0")),
     ("eval_dense", _one_of("sparsity.method", *DENSE_WITHIN)),
     ("sparsity.final", _one_of("sparsity.layers", ())),
-    # It compares weights of different layers.
-    ("sparsity.criterion", _one_of("sparsity.layers", ())),
-    ("sparsity.criterion", _one_of("sparsity.distribution", "global")),
-    (
-        "sparsity.criterion",
-        Need("sparsity.pattern", lambda x: ":" not in x, "'' or a block"),
+    *(
+        (f"sparsity.{name}", need)  # how the zeros spread over layers
+        for name in ("distribution", "budget", "criterion")
+        for need in (
+            _one_of("sparsity.layers", ()),
+            Need("sparsity.pattern", lambda x: ":" not in x, "'' or a block"),
+        )
     ),
+    # It compares weights of different layers.
+    ("sparsity.criterion", _one_of("sparsity.distribution", "global")),
 ]
 """Fields and what they need, beside those of methods."""
 
@@ -128,10 +162,18 @@ def settle(config: ml_collections.ConfigDict) -> Settings:
         field: _first(value, own.get(field), common.get(field))
         for field, value in given.items()
     }
+    if given["learning_rate.drop_epochs"] is None:  # those of a longer training
+        drops = values["learning_rate.drop_epochs"]
+        values["learning_rate.drop_epochs"] = tuple(
+            epoch for epoch in drops if epoch < values["num_epochs"]
+        )
     for field, choices in CHOICES.items():
-        _check_choice(field, values[field], choices)
+        if values[field] is not None:
+            _check_choice(field, values[field], choices)
     values = _useful(given, values)
-    _check_numbers({field: x for field, x in values.items() if x is not None})
+    numbers = {field: x for field, x in values.items() if x is not None}
+    _check_numbers(numbers)
+    _check_epochs(numbers)
     origins = {
         field: method
         for field in own
@@ -148,20 +190,43 @@ def _defaults(
     config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``config.defaults``: what all methods share, and what the method's own are."""
-    for method in config.defaults:
-        _check_choice("defaults", method, ("common", *METHODS))
-    _check_fields(config.defaults.common, known.defaults.common, "defaults.common")
+    _check_fields(config.defaults, {"common": known.defaults.common}, "defaults")
     common = _flat(config.defaults.common)
+    for method, section in config.defaults.items():
+        _check_choice("defaults", method, ("common", *METHODS))
+        if method != "common":
+            _check_own(method, section, common)
     own = _flat(config.defaults.get(config.sparsity.method, {}))
     if "ramp" in own:
         begin, end = (share * config.num_epochs for share in own.pop("ramp"))
         own = {"sparsity.begin_epoch": begin, "sparsity.end_epoch": end, **own}
+    return common, own
+
+
+def _check_own(method: str, section: Any, common: dict[str, Any]) -> None:
+    """The defaults of a method are of fields that have one, and that it has."""
+    where = f"config.defaults.{method}"
+    if not isinstance(section, ml_collections.ConfigDict):
+        raise UserError(f"{where} has fields and their values, got {section!r}")
+    own = _flat(section)
+    ramp = own.pop("ramp", None)
+    if ramp is not None:
+        own["sparsity.begin_epoch"] = ramp
+        if not isinstance(ramp, tuple) or len(ramp) != 2:
+            raise UserError(
+                f"{where}.ramp is two shares of num_epochs, (begin, end), got {ramp!r}"
+            )
     for field in own.keys() - common.keys():
         raise UserError(
-            f"config.defaults.{config.sparsity.method}.{field} is the default of no "
-            "field: config.defaults.common in base_config.py has all that have one"
+            f"{where}.{field} is the default of no field: config.defaults.common in "
+            "base_config.py has all that have one"
         )
-    return common, own
+    for field, need in _needs_of_methods(own):
+        if not need.met(method):
+            raise UserError(
+                f"{where}.{field} does nothing, as only {need.words} has that field: "
+                "leave it out"
+            )
 
 
 def _useful(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -203,11 +268,14 @@ def _check_numbers(values: dict[str, Any]) -> None:
         if field in values and not values[field] >= least:
             raise UserError(f"config.{field} is {least} or more, got {values[field]}")
     for field, bound in ABOVE.items():
-        if not values[field] > bound:
+        if field in values and not values[field] > bound:
             raise UserError(f"config.{field} is above {bound}, got {values[field]}")
     for field, bound in BELOW.items():
-        if not values[field] < bound:
+        if field in values and not values[field] < bound:
             raise UserError(f"config.{field} is below {bound}, got {values[field]}")
+    for field in ("data.mean", "data.std"):
+        if not all(_is_number(x) for x in values[field]):
+            raise UserError(f"config.{field} is made of numbers, got {values[field]}")
     channels = len(values["data.mean"])
     if channels not in (1, 3) or len(values["data.std"]) != channels:
         raise UserError(
@@ -235,12 +303,46 @@ def _check_numbers(values: dict[str, Any]) -> None:
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_epochs(values: dict[str, Any]) -> None:
+    """What happens at an epoch happens while the network trains."""
+    epochs = values["num_epochs"]
+    begin, end = (values.get(f"sparsity.{name}_epoch") for name in ("begin", "end"))
+    if end is not None and end <= begin:
+        raise UserError(
+            f"config.sparsity.end_epoch {end} is not after config.sparsity.begin_epoch "
+            f"{begin}: the ramp takes some time between them"
+        )
+    warmup = values.get("learning_rate.warmup_epochs", 0)
+    for field, last, bound in (
+        ("sparsity.end_epoch", end or 0, epochs),
+        ("learning_rate.warmup_epochs", warmup, epochs - 1),
+    ):
+        if last > bound:
+            raise UserError(
+                f"config.{field} is {bound} or less, as config.num_epochs is {epochs}, "
+                f"got {last}"
+            )
+    drops = values.get("learning_rate.drop_epochs", ())
+    whole = all(isinstance(x, int) and 0 < x < epochs for x in drops)
+    if not whole or sorted(set(drops)) != list(drops):
+        raise UserError(
+            "config.learning_rate.drop_epochs are whole numbers above 0 and below "
+            f"config.num_epochs, {epochs}, each after the one before, got {drops}"
+        )
+
+
 def _check_fields(config: Any, known: Any, where: str) -> None:
     """Every field is one of ``base_config.py``."""
     for name in known:
         if name not in config:
             raise UserError(f"{where}.{name} is missing: start from base_config.py")
     for name, value in config.items():
+        if name not in known and where == "defaults":
+            continue  # those of a method are checked by themselves
         if name not in known:
             raise UserError(
                 f"{where}.{name} is not a field of a configuration: {where} has "

@@ -73,7 +73,7 @@ def _kept(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
 class ThresholdState(NamedTuple):
     """State of a method with a threshold: bytes per leaf, nothing per weight.
 
-    Its structure is the same whatever the options of a method.
+    Its structure is the same whenever thresholds move and the mask is fixed.
 
     Attributes:
         count: int32 [], completed steps.
