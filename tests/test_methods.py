@@ -685,6 +685,16 @@ def test_a_state_of_a_mask_that_was_never_fixed_is_trained_on_and_fixed(
     assert zeros(params) == zeros(usual_run(name)[-1].params) > 0
 
 
+def test_the_count_of_steps_stops_where_no_integer_follows(name):
+    _, step = usual(name)
+    before, most = usual_run(name)[-1], np.int32(2**31 - 1)
+    state = before.opt_state._replace(count=most)
+    now = jax.device_get(step(before.params, state, make_batch(STEPS)))
+    assert now.opt_state.count == most
+    counts = {zeros(st3jax.finalize(x.params, x.opt_state)) for x in (before, now)}
+    assert len(counts) == 1 or not now.opt_state.frozen
+
+
 @pytest.mark.parametrize(("completed", "late"), [(7, 5), (7, 7), (7, 8), (5, 5)])
 @pytest.mark.parametrize("name", OPEN)
 def test_a_mask_that_should_have_been_fixed_before_is_fixed_at_the_next_step(
