@@ -12,6 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from harness import run_main
@@ -50,7 +51,9 @@ def run(row: str, seed: int) -> dict[str, Any]:
     config.seed = seed
     config.sparsity.update(ROWS[row])
     name = row.replace(", ", "-").replace(" %", "")
-    return train.train_and_evaluate(config, FOLDER / f"{name}-seed{seed}")
+    report = train.train_and_evaluate(config, FOLDER / f"{name}-seed{seed}")
+    jax.clear_caches()  # of 60 runs, the programs would fill what a process may map
+    return report
 
 
 def markdown() -> str:
