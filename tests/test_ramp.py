@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import st3jax
 from st3jax import polynomial_ramp
+from st3jax.schedules import ramp_ends
 
 POWERS = [1, 2, 3, 0.5, 2.7]
 
@@ -188,3 +189,10 @@ def test_any_optax_schedule_is_a_sparsity():
     schedule = optax.piecewise_constant_schedule(0.5, {4: 1.5})
     n, zeros = train_on_fixed_weights(schedule, 6)
     assert zeros == [math.floor(s * (n - 1)) + 1 for s in [0.5] * 3 + [0.75] * 3]
+
+
+def test_a_ramp_ends_at_one_step_and_a_number_at_none():
+    steps = range(1, 40)
+    one, two = polynomial_ramp(0.9, 5, 20), polynomial_ramp(0.5, 0, 30)
+    for sparsity, ends in ((one, {20}), ({"a": one, "b": two}, {20, 30}), (0.9, set())):
+        assert {c for c in steps if ramp_ends(sparsity, jnp.int32(c))} == ends
