@@ -344,6 +344,13 @@ def test_a_default_that_does_nothing_is_refused(method, section, sentence):
         settle(config)
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = base_config.get_config()
+    config.data.update(name="digits", mean=(np.float32(0.3),), std=(np.float32(0.4),))
+    config.learning_rate.drop_epochs = (np.int64(8), np.int64(9))
+    assert settle(config).config.learning_rate.drop_epochs == (8, 9)
+
+
 def test_drops_of_the_rate_are_while_the_network_trains():
     fields = {"learning_rate.schedule": "step", "num_epochs": 100}
     config = of_method("digits_st3", "st3", **fields)

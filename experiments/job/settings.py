@@ -7,11 +7,13 @@ method, or else the one for all methods. What is of no use under the other setti
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 
 import base_config
 from errors import UserError
@@ -171,9 +173,9 @@ def settle(config: ml_collections.ConfigDict) -> Settings:
         if values[field] is not None:
             _check_choice(field, values[field], choices)
     values = _useful(given, values)
-    numbers = {field: x for field, x in values.items() if x is not None}
-    _check_numbers(numbers)
-    _check_epochs(numbers)
+    used = {field: x for field, x in values.items() if x is not None}
+    _check_numbers(used)
+    _check_epochs(used)
     origins = {
         field: method
         for field in own
@@ -304,7 +306,7 @@ def _check_numbers(values: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _check_epochs(values: dict[str, Any]) -> None:
@@ -327,7 +329,7 @@ def _check_epochs(values: dict[str, Any]) -> None:
                 f"got {last}"
             )
     drops = values.get("learning_rate.drop_epochs", ())
-    whole = all(isinstance(x, int) and 0 < x < epochs for x in drops)
+    whole = all(isinstance(x, int | np.integer) and 0 < x < epochs for x in drops)
     if not whole or sorted(set(drops)) != list(drops):
         raise UserError(
             "config.learning_rate.drop_epochs are whole numbers above 0 and below "
