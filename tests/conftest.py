@@ -57,7 +57,7 @@ def quickly_compiled():
     import jax
 
     with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1"):
-        before = jax.config.jax_disable_most_optimizations
+        before = jax.config.values["jax_disable_most_optimizations"]
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", before)
