@@ -3,6 +3,8 @@
 import functools
 
 import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,161 @@ def test_a_recurrent_layer_costs_each_time_step():
     signal = jax.ShapeDtypeStruct((1, 9, 4), jnp.float32)
     costs = counted(layer, signal)
     assert costs == {"cell/h/kernel": 9 * 6 * 6, "cell/i/kernel": 9 * 4 * 6}
+
+
+CELLS = {  # with the number of their kernels
+    "LSTM": (nn.LSTMCell, 8),
+    "LSTM with joined kernels": (nn.OptimizedLSTMCell, 8),
+    "GRU": (nn.GRUCell, 6),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_gate_costs_what_its_kernel_does(name):
+    make, kernels = CELLS[name]
+    cell, signal = make(8), jax.ShapeDtypeStruct((1, 5, 4), jnp.float32)
+    variables = jax.eval_shape(nn.RNN(cell).init, KEY, signal)
+    costs = st3jax.multiply_adds(nn.RNN(cell).apply, variables, signal)
+    assert list(costs.values()) == [5] * kernels
+    carry, x = cell.initialize_carry(KEY, (3, 4)), jnp.ones((3, 4))
+    variables = jax.eval_shape(cell.init, KEY, carry, x)
+    costs = st3jax.multiply_adds(cell.apply, variables, carry, x)
+    assert list(costs.values()) == [3] * kernels
+
+
+WIDTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+@hypothesis.given(WIDTHS, st.integers(0, 5), st.integers(0, 1), st.integers(1, 4))
+def test_kernels_in_one_product_cost_what_each_would(widths, zeros, axis, rows):
+    names = [f"k{i}" for i in range(len(widths))]
+    shapes = [(width, 4)[:: 1 - 2 * axis] for width in widths]
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+    def model(params, x):
+        kernel = jnp.concatenate([params[name] for name in names], axis)
+        kernel = jnp.pad(kernel, [(0, zeros * (k == axis)) for k in range(2)])
+        return x @ kernel
+
+    x = jnp.ones((rows, (sum(widths) + zeros, 4)[axis]))
+    costs = st3jax.multiply_adds(model, params, x)
+    assert costs == dict.fromkeys(names, rows)
+
+
+SHARED = {  # products of 5 rows with kernels of 4 x 4, and what a weight costs
+    "stacked": (
+        lambda p, x: jnp.einsum("td,ndo->nto", x, jnp.stack([p["v"], p["w"]])),
+        {"v": 5, "w": 5},
+    ),
+    "written into zeros": (
+        lambda p, x: x @ jnp.zeros((4, 9)).at[:, 1:5].set(p["w"]),
+        {"w": 5},
+    ),
+    "added to zeros": (
+        lambda p, x: x @ jnp.zeros((4, 9)).at[:, 1:5].add(p["w"]),
+        {"w": 5},
+    ),
+    "written over another": (
+        lambda p, x: x @ jax.lax.dynamic_update_slice(p["v"], p["w"][:2], (0, 0)),
+        {"v": 2, "w": 2},
+    ),
+    "the same kernel twice": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], axis=1),
+        {"w": 10},
+    ),
+    "and transposed": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["w"].T], axis=1),
+        {"w": 10},
+    ),
+    "scaled together": (
+        lambda p, x: x @ (jnp.concatenate([p["v"], p["w"]], axis=1) * p["scale"]),
+        {"v": 5, "w": 5},
+    ),
+    "written row by row": (
+        lambda p, x: (
+            x
+            @ jax.lax.fori_loop(
+                0, 4, lambda i, kernel: kernel.at[i].set(p["w"][i]), jnp.zeros((4, 4))
+            )
+        ),
+        {"w": 5},
+    ),
+    "nothing to speak of": (
+        lambda p, x: jnp.tensordot(
+            x[:, :0], jnp.pad(p["w"][:, :0], ((0, 2), (0, 0))).reshape(0, 3), 1
+        ),
+        {},
+    ),
+    "repeated": (lambda p, x: x @ jnp.tile(p["w"], (1, 3)), {"w": 15}),
+    "mixed by a matrix of constants": (
+        lambda p, x: x @ (jnp.concatenate([p["v"], p["w"]], 1) @ jnp.ones((8, 8))),
+        {"v": 5, "w": 5},
+    ),
+    "in an order that is lost": (
+        lambda p, x: x @ jnp.fft.fft(jnp.concatenate([p["v"], p["w"]], 1)).real,
+        {"v": 5, "w": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_kernel_costs_its_share_of_a_product(name):
+    fn, expected = SHARED[name]
+    params = {"v": jnp.ones((4, 4)), "w": jnp.ones((4, 4)), "scale": jnp.ones(8)}
+    assert st3jax.multiply_adds(fn, params, jnp.ones((5, 4))) == expected
+
+
+def test_a_stack_costs_what_its_layers_do():
+    params = {"w": jnp.ones((3, 4, 4))}
+
+    def model(params, x):
+        return x @ params["w"][0] @ params["w"][1] @ params["w"][2]
+
+    assert st3jax.multiply_adds(model, params, jnp.ones((5, 4))) == {"w": 5}
+
+
+def experts(params, x):
+    return jax.lax.ragged_dot(x, params["w"], jnp.array([1, 4, 3], jnp.int32))
+
+
+def weights_gradient(params, x):
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=(0,),
+        rhs_group_dimensions=(),
+    )
+    groups = jnp.array([1, 4, 3], jnp.int32)
+    return jax.lax.ragged_dot_general(x, params["v"], groups, numbers)
+
+
+def chosen(params, x):
+    return jnp.einsum("ti,tio->to", x, params["w"][x[:, 0].astype(int)])
+
+
+def test_experts_cost_their_average():
+    """Eight rows, each of which meets one of three matrices."""
+    params, x = {"w": jnp.ones((3, 4, 6)), "v": jnp.ones((8, 2))}, jnp.ones((8, 4))
+    assert st3jax.multiply_adds(experts, params, x) == {"w": 8 // 3}
+    assert st3jax.multiply_adds(chosen, params, x) == {"w": 8 // 3}
+    assert st3jax.multiply_adds(weights_gradient, params, x) == {"v": 4}
+
+
+def test_the_branch_that_costs_most_counts():
+    def model(params, x):
+        return jax.lax.switch(
+            x[0, 0].astype(int),
+            [
+                lambda: x @ params["w"],
+                lambda: x @ params["v"] @ params["v"],
+                lambda: x,
+            ],
+        )
+
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}
+    assert st3jax.multiply_adds(model, params, jnp.ones((5, 4))) == {"v": 10}
 
 
 def test_a_layer_used_twice_costs_twice():
