@@ -14,6 +14,7 @@ from st3jax import nnx, ops, selection
 from st3jax.base import SparseState, finalize, find_state, sparsify
 from st3jax.engine.gradual import ThresholdState
 from st3jax.engine.regrowth import RegrowthState
+from st3jax.layouts import layouts
 from st3jax.methods.gmp import gmp
 from st3jax.methods.granet import granet
 from st3jax.methods.lrr import lrr, lrr_cycles
@@ -46,6 +47,7 @@ __all__ = [
     "granet",
     "is_kernel",
     "kernel_mask",
+    "layouts",
     "lrr",
     "lrr_cycles",
     "multiply_adds",

@@ -1,4 +1,4 @@
-"""The same two functions for Flax NNX, on modules and optimizers."""
+"""The same functions for Flax NNX, on modules and optimizers."""
 
 from typing import TypeVar
 
@@ -6,10 +6,35 @@ import jax
 from flax import nnx
 
 from st3jax import base
+from st3jax.layout.modules import module_layouts
 
-__all__ = ["finalize", "sparsify"]
+__all__ = ["finalize", "layouts", "sparsify"]
 
 M = TypeVar("M", bound=nnx.Module)
+
+
+def layouts(model: nnx.Module) -> dict[str, str]:
+    """What each axis of each kernel is, as the model's modules say it.
+
+    Linear, general, einsum and attention layers, convolutions and recurrent cells, also
+    where ``nnx.vmap`` stacked them; of axes that could all be the stacked one, the
+    first is. A parameter that a module of your own holds is not among them: give its
+    layout besides, or trace the model with :func:`st3jax.layouts`.
+
+    Args:
+        model: The module, with real or abstract variables.
+
+    Returns:
+        From path to a letter for each axis, for ``layout`` of :func:`st3jax.st3`.
+
+    Example:
+        >>> import optax, st3jax
+        >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+        >>> layouts(model)["query/kernel"], layouts(model)["out/kernel"]
+        ('ioo', 'iio')
+        >>> tx = st3jax.st3(optax.sgd(0.1), sparsity=0.75, layout=layouts(model))
+    """
+    return module_layouts(model)
 
 
 def sparsify(model: M, optimizer: nnx.Optimizer[M]) -> M:

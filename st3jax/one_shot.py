@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from st3jax import ops
 from st3jax.checks import as_mapping, check_predicate
+from st3jax.layout.letters import Layouts
+from st3jax.layout.settle import settle
 from st3jax.rule.costs import Costs
-from st3jax.rule.patterns import input_axis, spread
+from st3jax.rule.patterns import spread
 from st3jax.rule.rule import check_final_sparsity, check_fits, make_rule
 from st3jax.rule.thresholds import leaf_thresholds, select
 from st3jax.trees import (
@@ -32,6 +34,7 @@ def prune(
     costs: Costs | None = None,
     pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
 ) -> Any:
     r"""Sets the smallest weights to zero, by default those of all layers together.
 
@@ -49,9 +52,10 @@ def prune(
         distribution: ``"global"``, ``"uniform"`` or ``"erk"``; see :func:`st3jax.st3`.
         costs: From path to the multiply-adds of one weight, for a share of those
             instead of weights.
-        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or the shape of a block on the
-            last axes of a leaf, such as ``(4, 8)``.
+        pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or the shape of a block, such as
+            ``(4, 8)`` for 4 inputs by 8 outputs.
         prunable: Predicate on (path, leaf).
+        layout: What the axes of leaves are, see :func:`st3jax.st3`.
 
     Returns:
         Pytree of the structure, shapes and dtypes of ``params``.
@@ -79,12 +83,13 @@ def prune(
     )
     check_final_sparsity(rule, sparsity)
     leaves = prunable_leaves(params, prunable)
-    check_fits(rule, leaves, params, sparsity)
+    layouts = settle(leaves, params, layout, rule.needs(sparsity))
+    check_fits(rule, leaves, layouts, params, sparsity)
 
     def hard(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
         w = jnp.asarray(w)
-        axis = input_axis(path, w.ndim)
-        return ops.hard_threshold(w, spread(rule.pattern, w, t, axis))
+        return ops.hard_threshold(w, spread(rule.pattern, w, t, layouts[path]))
 
-    thresholds = leaf_thresholds(rule, leaves, select(rule, leaves, params, sparsity))
+    selected = select(rule, leaves, layouts, params, sparsity)
+    thresholds = leaf_thresholds(rule, leaves, layouts, selected)
     return map_named(hard, per_leaf_tree(params, thresholds), params)

@@ -4,8 +4,9 @@ The contract of every function here: the gradient of the result with respect to 
 the identity, for kept and for zeroed weights alike; thresholds and scales are not
 differentiated. A weight is kept where its magnitude is strictly above the threshold.
 Zeroed weights are ``+0.0``, and a kept weight never rounds to zero. While a threshold
-is not above zero it is off. Output channels are the last axis. float16 and bfloat16 are
-computed in float32 and returned as they came.
+is not above zero it is off. Output channels are the last axis, or where a layout says
+(see :mod:`st3jax.layout.letters`). float16 and bfloat16 are computed in float32 and
+returned as they came.
 
 Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
@@ -156,7 +157,9 @@ def hard_threshold(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Arra
     return _hard_threshold(w, _fitting(t, w, "t"))
 
 
-def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array:
+def channel_scale(
+    w: jax.typing.ArrayLike, t: jax.typing.ArrayLike, *, layout: str | None = None
+) -> jax.Array:
     r"""The factor that makes up for the magnitude an output channel lost.
 
     .. math::
@@ -164,21 +167,28 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
                  {\operatorname{mean}(|w|) + 10^{-6}},
         \qquad \text{scale} = \frac{1.01}{r + 0.01}
 
-    with the means over all axes but the last.
+    with the means over all axes but the last, or over the window and the inputs that a
+    layout names.
 
     Args:
-        w: Raw weights, output channels last, any floating-point dtype.
+        w: Raw weights, any floating-point dtype.
         t: Threshold on ``|w|``, a scalar or an array that broadcasts to ``w``.
+        layout: A letter for each axis: ``s`` stacked kernels, ``w`` window, ``i``
+            inputs, ``o`` outputs. By default outputs are the last axis, and all others
+            are averaged over.
 
     Returns:
-        Array of shape ``w.shape[-1:]``, float64 for float64 weights and float32
-        otherwise, between 1 (nothing lost) and 101; 1 where ``t`` is off, and for a
-        channel that is not finite.
+        Array of shape ``w.shape[-1:]``; with a layout of the shape of ``w`` with 1 in
+        place of windows and inputs. float64 for float64 weights and float32 otherwise,
+        between 1 (nothing lost) and 101; 1 where ``t`` is off, and for a channel that
+        is not finite.
 
     Example:
         >>> w = jnp.array([[1.0, 3.0], [1.0, 1.0]])
         >>> [round(float(x), 2) for x in channel_scale(w, 2.0)]  # the first lost all
         [100.99, 1.33]
+        >>> channel_scale(w.T, 2.0, layout="oi").shape
+        (2, 1)
 
     References:
         arXiv:2212.01076, section 3.
@@ -186,17 +196,27 @@ def channel_scale(w: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> jax.Array
     w = jnp.asarray(w)
     t = _fitting(t, w, "t")
     size = jnp.abs(w.astype(t.dtype))
-    axes, count = tuple(range(w.ndim - 1)), max(math.prod(w.shape[:-1]), 1)
+    axes = _averaged(layout, w.ndim)
+    count = max(math.prod(w.shape[axis] for axis in axes), 1)
+    keep = layout is not None
     kept = jnp.where(_is_kept(w, t), size, 0)
-    before, after = size.sum(axes) / count, kept.sum(axes) / count
+    before = size.sum(axes, keepdims=keep) / count
+    after = kept.sum(axes, keepdims=keep) / count
     # Two sums may round differently although no threshold took anything.
     idle = ~is_positive(t)
     if t.ndim:
-        idle = jnp.broadcast_to(idle, w.shape).all(axes)
+        idle = jnp.broadcast_to(idle, w.shape).all(axes, keepdims=keep)
     # Also where the mean is not finite: one bad weight must not spoil its channel.
     intact = idle | (after == before) | jnp.isnan(before)
     r = jnp.where(intact, 1, (after + 1e-6) / (before + 1e-6))
     return jax.lax.stop_gradient(1.01 / (r + 0.01))
+
+
+def _averaged(layout: str | None, ndim: int) -> tuple[int, ...]:
+    """The axes of one channel's own weights."""
+    if layout is None:
+        return tuple(range(ndim - 1))
+    return tuple(axis for axis, letter in enumerate(layout) if letter in "wi")
 
 
 def rescale(x: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
@@ -207,8 +227,8 @@ def rescale(x: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
         \qquad \frac{\partial L}{\partial x} := \frac{\partial L}{\partial f}
 
     Args:
-        x: Thresholded weights, output channels last, any floating-point dtype.
-        scale: Array of shape ``x.shape[-1:]``, from :func:`channel_scale`.
+        x: Thresholded weights, any floating-point dtype.
+        scale: Array that broadcasts to ``x``, from :func:`channel_scale`.
 
     Returns:
         Array of the shape and dtype of ``x``.

@@ -266,8 +266,10 @@ def gathered_loss(weights, batch):
 def selected(params, sparsity):
     """Thresholds and pruned weights by both criteria."""
     leaves, found = prunable_leaves(params), []
+    layouts = dict.fromkeys(leaves, "io")
     for rule in (Rule("l1"), Rule("l1_sigma")):
-        t = leaf_thresholds(rule, leaves, select(rule, leaves, params, sparsity))
+        t = select(rule, leaves, layouts, params, sparsity)
+        t = leaf_thresholds(rule, leaves, layouts, t)
         found.append((t, st3jax.prune(params, sparsity, criterion=rule.criterion)))
     return found
 

@@ -660,8 +660,8 @@ BAD_USES = {
         "a sparsity for each path is a distribution of its own",
         "distribution",
     ),
-    "prune's mapping and erk": (
-        pruned({"*": 0.5}, distribution="erk"),
+    "prune's mapping and uniform": (
+        pruned({"*": 0.5}, distribution="uniform"),
         ValueError,
         "a sparsity for each path is a distribution of its own",
     ),

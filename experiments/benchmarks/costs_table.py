@@ -32,7 +32,7 @@ import base_config
 import imagenet_st3
 import paths
 import st3jax
-from job.costs import abstract_variables, kernel_costs
+from job.costs import abstract_variables, kernels_of
 from models import create_model
 
 
@@ -147,7 +147,7 @@ def weights_and_cost(network: Network) -> tuple[int, int]:
     model = create_model(config, network.classes)
     variables, _ = abstract_variables(model, config)
     kernels = paths.kernels(variables["params"])
-    costs = kernel_costs(model, config)
+    costs = kernels_of(model, config).costs
     return (
         sum(kernel.size for kernel in kernels.values()),
         sum(costs[path] * kernel.size for path, kernel in kernels.items()),
@@ -191,7 +191,7 @@ def fresh_kernels() -> tuple[dict[str, jax.Array], dict[str, int]]:
         compiler_options={"xla_backend_optimization_level": 0},
     )
     variables = init(jax.random.key(config.seed), jnp.zeros((1, 32, 32, 3)))
-    return paths.kernels(variables["params"]), kernel_costs(model, config)
+    return paths.kernels(variables["params"]), kernels_of(model, config).costs
 
 
 def pruned_costs() -> dict[str, dict[float, float]]:

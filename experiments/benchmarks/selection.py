@@ -19,7 +19,7 @@ from absl import flags
 from harness import run_main
 
 import imagenet_st3
-from job.costs import abstract_variables, kernel_costs
+from job.costs import abstract_variables, kernels_of
 from models import create_model
 from paths import kernels
 from st3jax.selection import threshold
@@ -36,7 +36,7 @@ def resnet50_kernels() -> tuple[list[jax.Array], list[int]]:
     model = create_model(config, 1000)
     variables, _ = abstract_variables(model, config)
     shapes = {k: v.shape for k, v in kernels(variables["params"]).items()}
-    costs = kernel_costs(model, config)
+    costs = kernels_of(model, config).costs
     rng = np.random.default_rng(0)
     leaves = [
         jnp.asarray(

@@ -10,15 +10,15 @@ import jax
 import ml_collections
 import optax
 
+import paths
 from data import sources
 from data.input_pipeline import steps_per_epoch
 from errors import UserError
-from job.costs import abstract_variables, kernel_costs
+from job.costs import abstract_variables, kernels_of
 from job.optimizers import make_optimizer
 from job.rates import learning_rate, total_steps
 from job.settings import Settings, settle
 from models import create_model
-from paths import kernels
 
 __all__ = ["Job", "assemble", "build"]
 
@@ -71,15 +71,16 @@ def assemble(settings: Settings, data: sources.Data) -> Job:
     with _told("model"):
         model = create_model(config, data.num_classes)
         params = abstract_variables(model, config)[0]["params"]
-        costs = kernel_costs(model, config)
+        kernels = kernels_of(model, config)
     with _told("sparsity"):
         _check_dense(config, params)
         steps = total_steps(config, epoch)
     with _told("learning_rate"):
         jax.eval_shape(learning_rate(config, epoch), 0)
     with _told("sparsity"):
-        tx = make_optimizer(config, epoch, costs)
+        tx = make_optimizer(config, epoch, kernels)
         jax.eval_shape(tx.init, params)
+    costs = kernels.costs
     return Job(config, settings.origins, data, model, costs, tx, epoch, steps)
 
 
@@ -94,7 +95,7 @@ def _told(section: str) -> Iterator[None]:
 
 def _check_dense(config: ml_collections.ConfigDict, params: Any) -> None:
     """Every path of ``config.sparsity.dense`` is that of a kernel."""
-    names = list(kernels(params))
+    names = list(paths.kernels(params))
     for path in config.sparsity.dense or ():
         if not any(fnmatch.fnmatchcase(name, path) for name in names):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""What a weight of a configured model costs, found without computing anything."""
+"""What a configured model says of its kernels, found without computing anything."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import ml_collections
 
 import st3jax
 
-__all__ = ["abstract_variables", "kernel_costs"]
+__all__ = ["Kernels", "abstract_variables", "kernels_of"]
 
 
 def abstract_variables(
@@ -23,12 +23,24 @@ def abstract_variables(
     return jax.eval_shape(init, jax.random.key(0), image), image
 
 
-def kernel_costs(model: nn.Module, config: ml_collections.ConfigDict) -> dict[str, int]:
-    """From path to the multiply-adds that one weight takes part in, for one image."""
+class Kernels(NamedTuple):
+    """What a model says of its kernels, by path.
+
+    Attributes:
+        costs: The multiply-adds that one weight takes part in, for one image.
+        layouts: A letter for each axis: stacked, window, input or output.
+    """
+
+    costs: dict[str, int]
+    layouts: dict[str, str]
+
+
+def kernels_of(model: nn.Module, config: ml_collections.ConfigDict) -> Kernels:
+    """What the model says, as it is traced with one image."""
     variables, image = abstract_variables(model, config)
-    params = variables["params"]
 
     def logits(params: Any, variables: Any, image: jax.Array) -> Any:
         return model.apply({**variables, "params": params}, image, train=False)
 
-    return st3jax.multiply_adds(logits, params, variables, image)
+    traced = (logits, variables["params"], variables, image)
+    return Kernels(st3jax.multiply_adds(*traced), st3jax.layouts(*traced))

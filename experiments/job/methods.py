@@ -9,6 +9,7 @@ import jax
 import optax
 
 import st3jax
+from job.costs import Kernels
 from job.rates import learning_rate
 
 __all__ = ["DENSE_WITHIN", "METHODS", "Method"]
@@ -21,8 +22,9 @@ class Method(NamedTuple):
     """A method.
 
     Attributes:
-        make: From an optimizer, the configuration, the steps of an epoch and the costs
-            of weights to the optimizer of the whole run, gradient clipping included.
+        make: From an optimizer, the configuration, the steps of an epoch and what the
+            model says of its kernels to the optimizer of the whole run, gradient
+            clipping included.
         fields: Those of ``config.sparsity`` that it has, beside all of the section that
             is called as it is.
     """
@@ -92,8 +94,8 @@ def _pattern(text: str) -> str | tuple[int, ...] | None:
     return text or None
 
 
-def _dense(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del steps_per_epoch, costs
+def _dense(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+    del steps_per_epoch, kernels
     return _clipped(inner, config)
 
 
@@ -102,14 +104,15 @@ def _thresholded(
 ) -> Callable[..., Any]:
     """How a method with a threshold is made, with options of its own."""
 
-    def make(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
+    def make(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
         return method(
             _clipped(inner, config),
             _ramps(config, steps_per_epoch),
             prunable=_prunable(config),
             update_every=config.sparsity.update_every_steps,
             freeze_step=config.num_epochs * steps_per_epoch,
-            **_rule(config, costs),
+            layout=kernels.layouts,
+            **_rule(config, kernels.costs),
             **own(config),
         )
 
@@ -124,8 +127,8 @@ def _gmp_options(config: Any) -> dict[str, Any]:
     return {"sticky": config.gmp.sticky}
 
 
-def _lrr(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del costs
+def _lrr(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+    del kernels
     return st3jax.lrr(
         _clipped(inner, config),
         config.sparsity.final,
@@ -135,8 +138,8 @@ def _lrr(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     )
 
 
-def _probmask(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del costs
+def _probmask(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+    del kernels
     steps = config.num_epochs * steps_per_epoch
     rate = optax.cosine_decay_schedule(config.probmask.learning_rate, steps)
     return st3jax.probmask(
@@ -151,8 +154,7 @@ def _probmask(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
     )
 
 
-def _granet(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del costs
+def _granet(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
     return st3jax.granet(
         _clipped(inner, config),
         _ramp(config, steps_per_epoch, config.sparsity.final),
@@ -162,12 +164,12 @@ def _granet(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
         initial_sparsity=config.granet.initial,
         key=_key(config),
         prunable=_prunable(config),
+        layout=kernels.layouts,
         freeze_step=config.num_epochs * steps_per_epoch,
     )
 
 
-def _rigl(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del costs
+def _rigl(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
     return st3jax.rigl(
         _clipped(inner, config),
         config.sparsity.final,
@@ -178,11 +180,11 @@ def _rigl(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
         end=config.rigl.end,
         distribution=config.sparsity.distribution,
         prunable=_prunable(config),
+        layout=kernels.layouts,
     )
 
 
-def _set(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
-    del costs
+def _set(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
     return st3jax.set_(
         _clipped(inner, config),
         config.sparsity.final,
@@ -191,13 +193,13 @@ def _set(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
         drop=config.set_.drop,
         distribution=config.sparsity.distribution,
         prunable=_prunable(config),
+        layout=kernels.layouts,
         freeze_step=config.num_epochs * steps_per_epoch,
     )
 
 
-def _str(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
+def _str(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
     """The sparsity emerges, from the decay of the thresholds' own numbers."""
-    del costs
     return st3jax.str_(
         _clipped(inner, config),
         threshold_optimizer=optax.chain(
@@ -209,6 +211,7 @@ def _str(inner: Any, config: Any, steps_per_epoch: int, costs: Any) -> Any:
         initial=config.str_.initial,
         freeze_step=config.num_epochs * steps_per_epoch,
         prunable=_prunable(config),
+        layout=kernels.layouts,
     )
 
 

@@ -17,11 +17,13 @@ from st3jax import ops
 from st3jax.checks import as_mapping, check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform, where
 from st3jax.engine.updates import clear_state, hold_mask, step_onto
-from st3jax.rule.patterns import Pattern, input_axis, spread
+from st3jax.layout.letters import Layouts, broadcast
+from st3jax.layout.settle import as_structure
+from st3jax.rule.patterns import Pattern, spread
 from st3jax.rule.rule import Rule, check_fits, check_schedules
-from st3jax.rule.thresholds import OFF, leaf_thresholds, select
+from st3jax.rule.thresholds import first_thresholds, leaf_thresholds, select
 from st3jax.schedules import Sparsity, at_step, ramp_ends
-from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
+from st3jax.selection.keys import from_key, is_positive, to_key
 from st3jax.selection.tally import tied_to
 from st3jax.trees import (
     Prunable,
@@ -48,26 +50,32 @@ class Effective(NamedTuple):
     Attributes:
         formula: What a threshold does to weights, a function of a module.
         pattern: Which weights share a threshold.
+        rescale: Whether output channels make up for the magnitude that they lost.
     """
 
     formula: Formula
     pattern: Pattern
+    rescale: bool = False
 
     def __str__(self) -> str:
         name = getattr(self.formula, "__name__", repr(self.formula))
-        return f"{name} with {self.pattern}"
+        return f"{name}{', rescaled,' * self.rescale} with {self.pattern}"
 
 
-@functools.partial(jax.jit, static_argnames=("how", "axis"))
-def _seen(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("how", "layout"))
+def _seen(w: jax.Array, t: jax.Array, how: Effective, layout: str) -> jax.Array:
     """What the model sees of a leaf; of leaves of one shape, traced once."""
-    return how.formula(w, spread(how.pattern, w, t, axis))
+    each = spread(how.pattern, w, t, layout)
+    seen = how.formula(w, each)
+    if not how.rescale:
+        return seen
+    return ops.rescale(seen, ops.channel_scale(w, each, layout=layout))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "axis"))
-def _kept(w: jax.Array, t: jax.Array, how: Effective, axis: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("how", "layout"))
+def _kept(w: jax.Array, t: jax.Array, how: Effective, layout: str) -> jax.Array:
     """Which weights of a leaf the model sees."""
-    return ops.is_kept(w, spread(how.pattern, w, t, axis))
+    return ops.is_kept(w, spread(how.pattern, w, t, layout))
 
 
 class ThresholdState(NamedTuple):
@@ -78,9 +86,11 @@ class ThresholdState(NamedTuple):
     Attributes:
         count: int32 [], completed steps.
         thresholds: Scalar on ``|w|`` for each prunable leaf, -1 before the ramp, 0
-            after fixing; ``optax.MaskedNode`` elsewhere.
+            after fixing; ``optax.MaskedNode`` elsewhere. Of stacked kernels that have
+            a sparsity each, one for each of them, in the shape of the stacked axes.
         frozen: bool [], whether the mask is fixed.
         effective: Static, how weights become effective.
+        layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer.
     """
 
@@ -88,6 +98,7 @@ class ThresholdState(NamedTuple):
     thresholds: Any
     frozen: jax.Array
     effective: Static
+    layouts: Static
     inner_state: optax.OptState
 
     @property
@@ -98,13 +109,23 @@ class ThresholdState(NamedTuple):
     def effective_params(self, params: Any) -> Any:
         """The weights that the model sees; see :func:`st3jax.sparsify`."""
         check_same_structure(self.thresholds, params)
+        layouts = dict(self.layouts.value)
 
         def effective(path: str, t: jax.Array, w: jax.Array) -> jax.Array:
             raw = jax.lax.stop_gradient(w)
-            seen = _seen(raw, t, self.effective.value, input_axis(path, w.ndim))
+            seen = _seen(raw, t, self.effective.value, layouts[path])
             return ops.straight_through(w, seen)
 
         return map_named(effective, self.thresholds, params)
+
+    def on_weights(self) -> Any:
+        """The thresholds, in shapes that broadcast to the weights."""
+        layouts = dict(self.layouts.value)
+        return map_named(
+            lambda path, t, _: broadcast(t, layouts[path]),
+            self.thresholds,
+            self.thresholds,
+        )
 
 
 def gradual(
@@ -113,8 +134,10 @@ def gradual(
     rule: Rule,
     formula: Formula,
     *,
+    rescale: bool = False,
     masks_gradient: bool,
     prunable: Prunable,
+    layout: Layouts | None = None,
     sticky: str = "no",
     update_every: int = 1,
     freeze_step: int | None = None,
@@ -126,8 +149,10 @@ def gradual(
         sparsity: A fraction, a schedule, or one of them for each path.
         rule: Which weights go first.
         formula: What a threshold does to weights.
+        rescale: Whether output channels make up for the magnitude that they lost.
         masks_gradient: Whether ``inner`` sees the gradient of kept weights alone.
         prunable: Predicate on (path, leaf).
+        layout: What the user said of the axes of leaves.
         sticky: One of ``STICKY``.
         update_every: Steps from one threshold to the next.
         freeze_step: Number of completed steps at which the mask is fixed, if ever.
@@ -146,32 +171,36 @@ def gradual(
         check_steps(freeze_step, "freeze_step", 1)
     check_schedules(rule, sparsity, freeze_step)
 
-    own = Static(Effective(formula, rule.pattern))
+    own = Static(Effective(formula, rule.pattern, bool(rescale)))
+    needs = {**({"rescaling": "channels"} if rescale else {}), **rule.needs(sparsity)}
 
-    def check(leaves: dict[str, Any], params: optax.Params) -> None:
-        check_fits(rule, leaves, params, sparsity)
+    def check(leaves: dict[str, Any], layouts: Layouts, params: optax.Params) -> None:
+        check_fits(rule, leaves, layouts, params, sparsity)
 
-    def init(leaves: dict[str, Any], params: optax.Params) -> ThresholdState:
-        dtype = score_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
-        off = {path: jnp.full([], OFF, dtype) for path in leaves}
+    def init(
+        leaves: dict[str, Any], layouts: Layouts, params: optax.Params
+    ) -> ThresholdState:
+        off = first_thresholds(rule, leaves, layouts, sparsity)
         return ThresholdState(
             count=first_count(),
             thresholds=per_leaf_tree(params, off),
             frozen=jnp.zeros([], bool),
             effective=own,
+            layouts=as_structure(layouts, params),
             inner_state=None,
         )
 
     def gradients(state: ThresholdState, grads: Any, params: Any) -> Any:
         """Without those of zeros that are to stay zeros, for now or for good."""
+        layouts = dict(state.layouts.value)
 
         def reaching(path: str, t: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
             reached = jnp.ones(w.shape, bool)
             if masks_gradient:
-                axis = input_axis(path, w.ndim)
-                reached &= _kept(w, t, state.effective.value, axis)
+                reached &= _kept(w, t, state.effective.value, layouts[path])
             if sticky != "no":  # a group's own bound may be zero
-                reached &= (to_key(w) != 0) | ~is_positive(t)
+                on = is_positive(broadcast(t, layouts[path]))
+                reached &= (to_key(w) != 0) | ~on
             if freeze_step is not None:
                 reached &= (to_key(w) != 0) | ~state.frozen
             return jnp.where(reached, g, jnp.zeros_like(g))
@@ -195,8 +224,9 @@ def gradual(
         # Compare what the next step will see, to the last bit.
         held = tied_to(count, [every[path] for path in before])
         leaves = dict(zip(before, held, strict=True))
-        selected = select(rule, leaves, params, s, before, needed=due)
-        after = leaf_thresholds(rule, leaves, selected)
+        layouts = dict(state.layouts.value)
+        selected = select(rule, leaves, layouts, params, s, before, needed=due)
+        after = leaf_thresholds(rule, leaves, layouts, selected)
         if due is not True:
             after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
         return in_place_of(state.thresholds, after)
@@ -210,7 +240,7 @@ def gradual(
                 hold |= state.frozen
             return hold_mask(w, u, hold)
 
-        return map_where_prunable(held, state.thresholds, updates, params)
+        return map_where_prunable(held, state.on_weights(), updates, params)
 
     def remove(
         state: ThresholdState, updates: Any, params: Any, stepped: Any
@@ -229,7 +259,7 @@ def gradual(
             return updates, state
         kept = map_where_prunable(
             lambda t, w: (to_key(w) != 0) | ~is_positive(t),
-            thresholds,
+            state.on_weights(),
             optax.apply_updates(params, updates),
         )
         inner_state = clear_state(state.inner_state, kept)
@@ -275,6 +305,8 @@ def gradual(
         check=check,
         gradients=gradients if masks else None,
         prunable=prunable,
+        layout=layout,
+        needs=needs,
     )
 
 

@@ -1,9 +1,9 @@
 """Drop and regrow: the transform that methods with a moving mask share.
 
 The raw weights are themselves sparse. From time to time the smallest of them are
-removed, and as many positions are given back to training. Methods differ in how sparse
-they start and end, in what decides where to grow, and in the gradient that the
-optimizer sees.
+removed from each kernel, and as many positions of it are given back to training.
+Methods differ in how sparse they start and end, in what decides where to grow, and in
+the gradient that the optimizer sees.
 """
 
 import math
@@ -19,6 +19,14 @@ from st3jax.checks import check_choice, check_steps
 from st3jax.engine.seeds import key_of, numbers_for
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import clear_state
+from st3jax.layout.letters import (
+    Layouts,
+    each_kernel,
+    from_kernels,
+    stack_shape,
+    to_kernels,
+)
+from st3jax.layout.settle import as_structure
 from st3jax.rule.distributions import layer_sparsities
 from st3jax.selection.keys import choose, from_key, score_dtype, to_key, widened
 from st3jax.selection.quantile import threshold
@@ -26,6 +34,7 @@ from st3jax.selection.ranking import largest
 from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,
+    Static,
     check_same_structure,
     is_masked,
     is_placeholder,
@@ -52,6 +61,7 @@ class RegrowthState(NamedTuple):
             active; ``optax.MaskedNode`` elsewhere.
         frozen: bool [], whether the mask is fixed.
         seed: uint32 [2], where random growth starts from.
+        layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer, zero at inactive weights.
     """
 
@@ -59,6 +69,7 @@ class RegrowthState(NamedTuple):
     masks: Any
     frozen: jax.Array
     seed: jax.Array
+    layouts: Static
     inner_state: optax.OptState
 
     @property
@@ -84,16 +95,21 @@ def _only(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def random_masks(
-    seed: jax.Array, leaves: Leaves, sparsity: Any, distribution: str
+    seed: jax.Array,
+    leaves: Leaves,
+    layouts: Layouts,
+    sparsity: Any,
+    distribution: str,
 ) -> Leaves:
-    r"""Masks with random positions and an exact number of them for each layer.
+    r"""Masks with random positions and an exact number of them for each kernel.
 
-    Layer :math:`l` with :math:`n_l` weights and the density :math:`d_l` of the
+    Kernel :math:`l` with :math:`n_l` weights and the density :math:`d_l` of the
     distribution keeps :math:`d_l n_l` of them, rounded to the nearest integer.
 
     Args:
         seed: uint32 [2].
         leaves: From path to array.
+        layouts: From path to a letter for each axis.
         sparsity: Share of all weights that is inactive, a scalar in [0, 1].
         distribution: ``"erk"`` or ``"uniform"``.
 
@@ -102,17 +118,28 @@ def random_masks(
 
     Example:
         >>> leaves, seed = {"kernel": jnp.ones((4, 4))}, jnp.array([0, 1], jnp.uint32)
-        >>> masks = random_masks(seed, leaves, 0.75, "uniform")
+        >>> masks = random_masks(seed, leaves, {"kernel": "io"}, 0.75, "uniform")
         >>> int(masks["kernel"].sum())
         4
     """
     shapes = {path: jnp.shape(w) for path, w in leaves.items()}
-    kept = _numbers_kept(distribution, shapes, sparsity)
+    kept = _numbers_kept(distribution, shapes, layouts, sparsity)
     scores = _random_scores(key_of(seed), leaves)
-    return {
-        path: largest(scores[path], kept[path], among=jnp.ones_like(w, bool))
-        for path, w in leaves.items()
-    }
+
+    def draw(path: str) -> jax.Array:
+        def of_kernel(among: jax.Array, scores: jax.Array) -> jax.Array:
+            return largest(scores, kept[path], among=among)
+
+        every = jnp.ones_like(leaves[path], bool)  # on the devices of the weights
+        return _map_kernels(of_kernel, layouts[path], every, scores[path])
+
+    return {path: draw(path) for path in leaves}
+
+
+def _map_kernels(fn: Any, layout: str, *arrays: jax.Array) -> jax.Array:
+    """A function from arrays of a kernel to one, applied to every kernel of a leaf."""
+    kernels = [to_kernels(x, layout) for x in arrays]
+    return from_kernels(each_kernel(fn, layout)(*kernels), layout, arrays[0])
 
 
 def _random_scores(key: jax.Array, leaves: Leaves) -> Leaves:
@@ -122,14 +149,20 @@ def _random_scores(key: jax.Array, leaves: Leaves) -> Leaves:
 
 @wide
 def _numbers_kept(
-    distribution: str, shapes: dict[str, tuple[int, ...]], sparsity: Any
+    distribution: str,
+    shapes: dict[str, tuple[int, ...]],
+    layouts: Layouts,
+    sparsity: Any,
 ) -> dict[str, jax.Array]:
-    """How many weights each layer keeps, int32 []."""
-    each = layer_sparsities(distribution, shapes, sparsity)
-    return {
-        path: jnp.round((1 - each[path]) * math.prod(shape)).astype(jnp.int32)
-        for path, shape in shapes.items()
-    }
+    """How many weights each kernel of a leaf keeps, int32 []."""
+    each = layer_sparsities(distribution, shapes, sparsity, layouts)
+
+    def kept(path: str, shape: tuple[int, ...]) -> jax.Array:
+        kernels = max(math.prod(stack_shape(layouts[path], shape)), 1)
+        weights = math.prod(shape) // kernels
+        return jnp.round((1 - each[path]) * weights).astype(jnp.int32)
+
+    return {path: kept(path, shape) for path, shape in shapes.items()}
 
 
 def regrowth(
@@ -145,12 +178,13 @@ def regrowth(
     update_every: Any,
     freeze_step: Any = None,
     prunable: Prunable,
+    layout: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of a method that drops and regrows, made of its ingredients.
 
     Args:
         inner: The optimizer that trains the active weights.
-        drop: From completed steps (int64 []) and the active weights of a layer
+        drop: From completed steps (int64 []) and the active weights of a kernel
             (float64 []) to how many of them to drop, a whole number.
         growth: One of ``GROWTHS``: where the gradient is largest, or anywhere.
         asked: From completed steps (int64 []) to the sparsity that is to be reached by
@@ -163,6 +197,7 @@ def regrowth(
         update_every: Steps from one change of the mask to the next.
         freeze_step: Number of completed steps at which the mask is fixed, if ever.
         prunable: Predicate on (path, leaf).
+        layout: What the user said of the axes of leaves.
 
     Returns:
         A transform with state :class:`RegrowthState`.
@@ -175,11 +210,15 @@ def regrowth(
     check_choice(distribution, "distribution", ("erk", "uniform"))
     check_steps(update_every, "update_every", 1)
 
-    def init(leaves: Leaves, params: optax.Params) -> RegrowthState:
-        if seed is None:
+    needs = {"the number of weights that a kernel drops": "kernels"}
+    if seed is not None and distribution == "erk":
+        needs["distribution 'erk'"] = "axes"
+
+    def init(leaves: Leaves, layouts: Layouts, params: optax.Params) -> RegrowthState:
+        if seed is None or is_placeholder(params):
             found = {path: jnp.ones_like(w, bool) for path, w in leaves.items()}
         else:
-            found = random_masks(seed, leaves, initial_sparsity, distribution)
+            found = random_masks(seed, leaves, layouts, initial_sparsity, distribution)
         masks = per_leaf_tree(params, found)
         if not is_placeholder(params):
             masks = jax.tree.map(_in_box, masks, params, is_leaf=is_masked)
@@ -189,6 +228,7 @@ def regrowth(
             frozen=jnp.zeros([], bool),
             # A copy, as states are donated.
             seed=jnp.zeros(2, jnp.uint32) if seed is None else jnp.array(seed),
+            layouts=as_structure(layouts, params),
             inner_state=None,
         )
 
@@ -212,8 +252,15 @@ def regrowth(
             scores = _random_scores(key_of(state.seed, count), masks)
         if asked is not None:
             masks = _pruned(masks, weights, wide(asked), count)
+        layouts = dict(state.layouts.value)
+
+        def of_kernel(mask: jax.Array, w: jax.Array, scores: jax.Array) -> jax.Array:
+            return _moved(mask, w, scores, number(count, mask))
+
         moved = {
-            path: _moved(mask, weights[path], scores[path], number(count, mask))
+            path: _map_kernels(
+                of_kernel, layouts[path], mask, weights[path], scores[path]
+            )
             for path, mask in masks.items()
         }
         kept = {path: mask & moved[path] for path, mask in masks.items()}
@@ -225,7 +272,7 @@ def regrowth(
 
     @wide
     def number(count: jax.Array, mask: jax.Array) -> jax.Array:
-        """How many weights of a leaf to drop after ``count`` completed steps."""
+        """How many weights of a kernel to drop after ``count`` completed steps."""
         active = mask.sum(dtype=jnp.int64).astype(jnp.float64)
         dropped = jnp.clip(drop(count.astype(jnp.int64), active), 0, active)
         if freeze_step is not None:
@@ -268,6 +315,8 @@ def regrowth(
         gradients=gradients if masks_gradient or freeze_step is not None else None,
         seen=lambda state, params: state.effective_params(params),
         prunable=prunable,
+        layout=layout,
+        needs=needs,
     )
 
 

@@ -6,7 +6,7 @@ inner update, its rounding, the count.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,8 @@ import optax
 from st3jax.base import SparseState
 from st3jax.checks import check_optimizer, check_predicate
 from st3jax.engine.updates import pin
+from st3jax.layout.letters import Layouts
+from st3jax.layout.settle import check_layout, settle
 from st3jax.trees import (
     Prunable,
     check_same_structure,
@@ -71,31 +73,36 @@ def where(condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -
 
 def sparse_transform(
     inner: optax.GradientTransformation,
-    init: Callable[[dict[str, Any], optax.Params], Any],
+    init: Callable[[dict[str, Any], Layouts, optax.Params], Any],
     land: Callable[..., tuple[optax.Updates, Any]],
     *,
     state_type: type,
-    check: Callable[[dict[str, Any], optax.Params], None] | None = None,
+    check: Callable[[dict[str, Any], Layouts, optax.Params], None] | None = None,
     gradients: Callable[[Any, Any, Any], Any] | None = None,
     seen: Callable[[Any, Any], Any] | None = None,
     prunable: Prunable,
+    layout: Layouts | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of a method, made of what is its own.
 
     Args:
         inner: The optimizer to wrap.
-        init: From (prunable leaves by path, params) to the method's state, with
-            ``inner_state`` left ``None``.
+        init: From (prunable leaves by path, their layouts, params) to the method's
+            state, with ``inner_state`` left ``None``.
         land: From (state, updates, params, gradients) after the inner update, with the
             step counted, to the updates that the user adds and the state to keep.
             The gradients are those that ``update`` was given.
         state_type: Of the states that ``init`` makes.
-        check: Raises if the method does not fit these (prunable leaves, params).
+        check: Raises if the method does not fit these (prunable leaves, layouts,
+            params).
         gradients: From (state, gradients, params) to those that ``inner`` sees, and
             the state after it; all of them if ``None``.
         seen: From (state, params) to the params that ``inner`` sees.
         prunable: Predicate on (path, leaf): which leaves are prunable is decided in
             ``init``, and read from the state's ``per_leaf`` ever after.
+        layout: What the user said of the axes of leaves.
+        needs: What depends on them, and how far; see :func:`st3jax.layout.settle`.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -105,6 +112,7 @@ def sparse_transform(
     """
     check_optimizer(inner)
     check_predicate(prunable)
+    check_layout(layout)
     inner = optax.with_extra_args_support(inner)
 
     # Compiled as one where the caller compiles nothing, and kept for the next call.
@@ -123,9 +131,11 @@ def sparse_transform(
 
     def init_fn(params: optax.Params) -> Any:
         leaves = prunable_leaves(params, prunable)
+        layouts = settle(leaves, params, layout, needs or {})
         if check is not None and not is_placeholder(params):
-            check(leaves, params)
-        return init(leaves, params)._replace(inner_state=inner.init(params))
+            check(leaves, layouts, params)
+        state = init(leaves, layouts, params)
+        return state._replace(inner_state=inner.init(params))
 
     def update_fn(
         updates: optax.Updates,

@@ -9,6 +9,7 @@ import optax
 from st3jax import ops
 from st3jax.checks import check_choice
 from st3jax.engine.gradual import STICKY, gradual
+from st3jax.layout.letters import Layouts
 from st3jax.rule.costs import Costs
 from st3jax.rule.rule import make_rule
 from st3jax.schedules import Sparsity
@@ -28,6 +29,7 @@ def gmp(
     costs: Costs | None = None,
     pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
     update_every: int = 1,
     freeze_step: int | None = None,
     axis_name: AxisName = None,
@@ -65,6 +67,7 @@ def gmp(
         costs: From path to the multiply-adds of one weight, to count those.
         pattern: ``None``, ``"N:M"``, or the shape of a block.
         prunable: Predicate on (path, leaf).
+        layout: From path to what each axis of a leaf is.
         update_every: Steps from one threshold to the next; the step that ends a ramp
             moves it too. A kept weight that falls to the threshold in between is zero
             at once, unless zeros are strict.
@@ -106,6 +109,7 @@ def gmp(
         ops.hard_threshold,
         masks_gradient=True,
         prunable=prunable,
+        layout=layout,
         sticky=sticky,
         update_every=update_every,
         freeze_step=freeze_step,

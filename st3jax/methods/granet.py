@@ -13,6 +13,7 @@ import optax
 from st3jax.checks import as_mapping, check_fraction, check_steps, is_concrete
 from st3jax.engine.regrowth import regrowth
 from st3jax.engine.seeds import seed_of
+from st3jax.layout.letters import Layouts
 from st3jax.rule.rule import Rule, check_schedules
 from st3jax.schedules import LAST_STEP, Sparsity, at_step
 from st3jax.trees import Prunable, is_kernel
@@ -33,6 +34,7 @@ def granet(
     initial_sparsity: float = 0.0,
     key: jax.Array | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
     freeze_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that the network is pruned while it regrows, with GraNet.
@@ -82,6 +84,8 @@ def granet(
             needs none.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
+        layout: From path to what each axis of a leaf is, as for :func:`st3jax.st3`:
+            of stacked kernels each drops and grows its own number.
         freeze_step: Number of completed steps at which the mask is fixed, pruned once
             more if need be, not before the sparsity has reached its final value; never
             by default.
@@ -150,6 +154,7 @@ def granet(
         update_every=update_every,
         freeze_step=freeze_step,
         prunable=prunable,
+        layout=layout,
     )
 
 

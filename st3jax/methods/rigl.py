@@ -11,6 +11,7 @@ import optax
 from st3jax.checks import check_fraction, check_steps
 from st3jax.engine.regrowth import regrowth
 from st3jax.engine.seeds import seed_of
+from st3jax.layout.letters import Layouts
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["rigl"]
@@ -27,6 +28,7 @@ def rigl(
     end: float = 0.75,
     distribution: str = "erk",
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that a sparse network is trained from scratch with RigL.
 
@@ -60,6 +62,8 @@ def rigl(
             layers; ``"uniform"`` takes the same share of each.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
+        layout: From path to what each axis of a leaf is, as for :func:`st3jax.st3`:
+            of stacked kernels each drops and grows its own number.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with state
@@ -103,4 +107,5 @@ def rigl(
         update_every=update_every,
         freeze_step=last,
         prunable=prunable,
+        layout=layout,
     )

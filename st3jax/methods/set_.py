@@ -12,6 +12,7 @@ import optax
 from st3jax.checks import check_fraction, check_steps
 from st3jax.engine.regrowth import regrowth
 from st3jax.engine.seeds import seed_of
+from st3jax.layout.letters import Layouts
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["set_"]
@@ -26,6 +27,7 @@ def set_(
     drop: float = 0.3,
     distribution: str = "erk",
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
     freeze_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that a sparse network is trained from scratch with SET.
@@ -56,6 +58,8 @@ def set_(
             layers; ``"uniform"`` takes the same share of each.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
+        layout: From path to what each axis of a leaf is, as for :func:`st3jax.st3`:
+            of stacked kernels each drops and grows its own number.
         freeze_step: Number of completed steps at which the mask is fixed; never by
             default.
 
@@ -97,4 +101,5 @@ def set_(
         update_every=update_every,
         freeze_step=freeze_step,
         prunable=prunable,
+        layout=layout,
     )

@@ -4,12 +4,12 @@ Source: Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and
 Soft-Thresholding all you need for Sparse Training?", WACV 2023, arXiv:2212.01076.
 """
 
-import jax
 import optax
 
 from st3jax import ops
 from st3jax.checks import check_whole_channels
 from st3jax.engine.gradual import gradual
+from st3jax.layout.letters import Layouts
 from st3jax.rule.costs import Costs
 from st3jax.rule.rule import make_rule
 from st3jax.schedules import Sparsity
@@ -17,36 +17,6 @@ from st3jax.selection.tally import AxisName
 from st3jax.trees import Prunable, is_kernel
 
 __all__ = ["st3"]
-
-
-def soft_rescaled(w: jax.Array, t: jax.Array) -> jax.Array:
-    """The method itself: shrunk by the threshold, channels made up for what they lost.
-
-    Example:
-        >>> w = jax.numpy.array([[4.0], [-1.0], [3.0]])
-        >>> [round(float(x), 3) for x in soft_rescaled(w, jax.numpy.array(2.0))[:, 0]]
-        [2.282, 0.0, 1.141]
-    """
-    return ops.rescale(ops.soft_threshold(w, t), ops.channel_scale(w, t))
-
-
-def hard_rescaled(w: jax.Array, t: jax.Array) -> jax.Array:
-    """With a hard threshold, for ablation.
-
-    Example:
-        >>> w = jax.numpy.array([[4.0], [-1.0], [3.0]])
-        >>> [round(float(x), 3) for x in hard_rescaled(w, jax.numpy.array(2.0))[:, 0]]
-        [4.565, 0.0, 3.424]
-    """
-    return ops.rescale(ops.hard_threshold(w, t), ops.channel_scale(w, t))
-
-
-FORMULAS = {  # by (soft, rescale)
-    (True, True): soft_rescaled,
-    (True, False): ops.soft_threshold,
-    (False, True): hard_rescaled,
-    (False, False): ops.hard_threshold,
-}
 
 
 def st3(
@@ -61,6 +31,7 @@ def st3(
     costs: Costs | None = None,
     pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
     update_every: int = 1,
     freeze_step: int | None = None,
     axis_name: AxisName = None,
@@ -106,11 +77,16 @@ def st3(
             :func:`st3jax.multiply_adds` counts them. Leaves that are not prunable
             count towards the total if they are listed.
         pattern: Which weights go together: ``None``; ``"N:M"`` such as ``"2:4"``, where
-            of every M weights along the input axis at most N are kept, and the
-            sparsity ends at ``1 - N / M``; or the shape of a block on a leaf's last
-            axes, such as ``(4, 8)``: blocks go by their l1 norm.
+            of every M weights along the inputs N are kept, and the sparsity ends at
+            ``1 - N / M``; or the shape of a block, such as ``(4, 8)`` for 4 inputs by 8
+            outputs: blocks go by their l1 norm.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
+        layout: What each axis of a leaf is, from its path (``*`` stands for any text,
+            the first that matches counts) to a letter for each: ``s`` stacked kernels
+            (scanned layers, experts), ``w`` the window of a convolution, ``i`` inputs,
+            ``o`` outputs. :func:`st3jax.layouts` reads it off the model. Without it
+            Flax's own names settle it, and ``init`` asks where they do not.
         update_every: Steps from one threshold to the next; the step that ends a ramp
             moves it too, so that its target is always reached, and a plain number
             counts from the first of these steps. In between weights
@@ -165,9 +141,11 @@ def st3(
         inner,
         sparsity,
         rule,
-        FORMULAS[bool(soft), bool(rescale)],
+        ops.soft_threshold if soft else ops.hard_threshold,
+        rescale=rescale,
         masks_gradient=not straight_through,
         prunable=prunable,
+        layout=layout,
         update_every=update_every,
         freeze_step=freeze_step,
     )

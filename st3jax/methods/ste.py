@@ -4,6 +4,7 @@ import optax
 
 from st3jax import ops
 from st3jax.engine.gradual import gradual
+from st3jax.layout.letters import Layouts
 from st3jax.rule.costs import Costs
 from st3jax.rule.rule import make_rule
 from st3jax.schedules import Sparsity
@@ -22,6 +23,7 @@ def ste(
     costs: Costs | None = None,
     pattern: str | tuple[int, ...] | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
     update_every: int = 1,
     freeze_step: int | None = None,
     axis_name: AxisName = None,
@@ -48,6 +50,7 @@ def ste(
         costs: From path to the multiply-adds of one weight, to count those.
         pattern: ``None``, ``"N:M"``, or the shape of a block.
         prunable: Predicate on (path, leaf).
+        layout: From path to what each axis of a leaf is.
         update_every: Steps from one threshold to the next; the step that ends a ramp
             moves it too.
         freeze_step: Number of completed steps at which the mask is fixed; never by
@@ -89,6 +92,7 @@ def ste(
         ops.hard_threshold,
         masks_gradient=False,
         prunable=prunable,
+        layout=layout,
         update_every=update_every,
         freeze_step=freeze_step,
     )

@@ -1,4 +1,4 @@
-"""STR: soft thresholds that are learned, one for each leaf.
+"""STR: soft thresholds that are learned, one for each kernel.
 
 Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable
 Sparsity", ICML 2020, arXiv:2002.03231.
@@ -15,13 +15,18 @@ from st3jax import ops
 from st3jax.checks import check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
+from st3jax.layout.letters import Layouts, broadcast, stack_shape
+from st3jax.layout.settle import as_structure
 from st3jax.selection.keys import to_key
 from st3jax.trees import (
     Prunable,
+    Static,
     check_same_structure,
+    in_place_of,
     is_kernel,
-    is_masked,
+    map_named,
     map_where_prunable,
+    named_leaves,
     per_leaf_tree,
 )
 
@@ -34,9 +39,11 @@ class STRState(NamedTuple):
     Attributes:
         count: int32 [], completed steps.
         thresholds: For each prunable leaf the learned number ``v``, float32 [], whose
-            sigmoid is the threshold; ``optax.MaskedNode`` elsewhere.
+            sigmoid is the threshold, or one for each stacked kernel, in the shape of
+            the stacked axes; ``optax.MaskedNode`` elsewhere.
         frozen: bool [], whether the mask is fixed.
         threshold_state: State of the optimizer of the thresholds.
+        layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer.
     """
 
@@ -44,6 +51,7 @@ class STRState(NamedTuple):
     thresholds: Any
     frozen: jax.Array
     threshold_state: optax.OptState
+    layouts: Static
     inner_state: optax.OptState
 
     @property
@@ -59,7 +67,16 @@ class STRState(NamedTuple):
             t = jnp.where(self.frozen, 0, jax.nn.sigmoid(v))
             return ops.soft_threshold(w, t)
 
-        return map_where_prunable(effective, self.thresholds, params)
+        return map_where_prunable(effective, self.on_weights(), params)
+
+    def on_weights(self) -> Any:
+        """The learned numbers, in shapes that broadcast to the weights."""
+        layouts = dict(self.layouts.value)
+        return map_named(
+            lambda path, v, _: broadcast(v, layouts[path]),
+            self.thresholds,
+            self.thresholds,
+        )
 
 
 def str_(
@@ -69,10 +86,11 @@ def str_(
     initial: float = -3200.0,
     freeze_step: int | None = None,
     prunable: Prunable = is_kernel,
+    layout: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that thresholds on weights are learned too, with STR.
 
-    Every prunable leaf has a number :math:`v`. The model sees, through
+    Every prunable kernel has a number :math:`v`. The model sees, through
     :func:`st3jax.sparsify`,
 
     .. math::
@@ -103,6 +121,7 @@ def str_(
             and the other weights train on. Never by default.
         prunable: Predicate on (path, leaf), where the path is the names joined by
             ``/``; the default takes every convolution and dense kernel.
+        layout: From path to what each axis of a leaf is, as for :func:`st3jax.st3`.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with state :class:`STRState`.
@@ -126,21 +145,33 @@ def str_(
     """
     _check_arguments(threshold_optimizer, initial, freeze_step)
 
-    def init(leaves: dict[str, Any], params: optax.Params) -> STRState:
-        first = {path: jnp.full([], initial, jnp.float32) for path in leaves}
+    def init(
+        leaves: dict[str, Any], layouts: Layouts, params: optax.Params
+    ) -> STRState:
+        first = {
+            path: jnp.full(stack_shape(layouts[path], jnp.shape(w)), initial, "float32")
+            for path, w in leaves.items()
+        }
         thresholds = per_leaf_tree(params, first)
         return STRState(
             count=first_count(),
             thresholds=thresholds,
             frozen=jnp.zeros([], bool),
             threshold_state=threshold_optimizer.init(thresholds),
+            layouts=as_structure(layouts, params),
             inner_state=None,
         )
 
     def gradients(state: STRState, grads: Any, params: Any) -> tuple[Any, STRState]:
         """That of kept weights; the thresholds learn from it, too."""
-        slopes = jax.tree.map(
-            _slope, state.thresholds, grads, params, is_leaf=is_masked
+        layouts = dict(state.layouts.value)
+        gradient, weights = named_leaves(grads), named_leaves(params)
+        slopes = in_place_of(
+            state.thresholds,
+            {
+                path: _slope(v, gradient[path], weights[path], layouts[path])
+                for path, v in named_leaves(state.thresholds).items()
+            },
         )
         moves, threshold_state = threshold_optimizer.update(
             slopes, state.threshold_state, state.thresholds
@@ -156,7 +187,7 @@ def str_(
             kept = jnp.where(state.frozen, to_key(w) != 0, _reaches(v, w))
             return jnp.where(kept, g, jnp.zeros_like(g))
 
-        grads = map_where_prunable(reaching, state.thresholds, grads, params)
+        grads = map_where_prunable(reaching, state.on_weights(), grads, params)
         state = state._replace(thresholds=thresholds, threshold_state=threshold_state)
         return grads, state
 
@@ -189,6 +220,8 @@ def str_(
         state_type=STRState,
         gradients=gradients,
         prunable=prunable,
+        layout=layout,
+        needs={"the threshold of each kernel": "kernels"},
     )
 
 
@@ -197,15 +230,13 @@ def _reaches(v: jax.Array, w: jax.Array) -> jax.Array:
     return ops.is_kept(w, jax.nn.sigmoid(v))
 
 
-def _slope(v: Any, g: Any, w: Any) -> Any:
-    """The derivative of the loss with respect to one ``v``."""
-    if is_masked(v):
-        return v
-    (g,), (w,) = jax.tree.leaves(g), jax.tree.leaves(w)  # out of their boxes
+def _slope(v: jax.Array, g: jax.Array, w: jax.Array, layout: str) -> jax.Array:
+    """The derivative of the loss with respect to one ``v``, or to each of a stack."""
     t = jax.nn.sigmoid(v)
     signed = g.astype(v.dtype) * jnp.sign(w).astype(v.dtype)
-    passed = jnp.where(_reaches(v, w), signed, 0)
-    return -t * (1 - t) * passed.sum(dtype=v.dtype)
+    passed = jnp.where(_reaches(broadcast(v, layout), w), signed, 0)
+    axes = tuple(axis for axis, letter in enumerate(layout) if letter != "s")
+    return -t * (1 - t) * passed.sum(axes, dtype=v.dtype)
 
 
 def _check_arguments(threshold_optimizer: Any, initial: Any, freeze_step: Any) -> None:

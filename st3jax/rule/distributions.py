@@ -1,11 +1,13 @@
 """Distributions: how the sparsity asked for is spread over layers.
 
 ``"global"`` leaves it to one threshold for all layers. Here are the others, which give
-every layer a sparsity of its own: ``"uniform"``, ``"erk"``, and explicit numbers by
-path, where ``*`` stands for any text.
+every kernel a sparsity of its own: ``"uniform"``, ``"erk"``, and explicit numbers by
+path, where ``*`` stands for any text. Kernels that are stacked in one leaf are of one
+shape and path, so one number does for all of them.
 """
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from st3jax.layout.letters import Layouts, kernel_shape, stack_shape
 from st3jax.selection.wide import wide
 
 __all__ = ["DISTRIBUTIONS", "by_path", "erk_densities", "layer_sparsities"]
@@ -22,14 +25,20 @@ DISTRIBUTIONS = ("global", "uniform", "erk")
 
 @wide
 def layer_sparsities(
-    distribution: str, shapes: Mapping[str, tuple[int, ...]], sparsity: Any
+    distribution: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    sparsity: Any,
+    layouts: Layouts | None = None,
 ) -> dict[str, jax.Array]:
-    """The sparsity of each layer, so that all together have the one asked for.
+    """The sparsity of the kernels of each leaf, so that all have the one asked for.
 
     Args:
-        distribution: ``"uniform"`` or ``"erk"``; anything if ``sparsity`` is a mapping.
+        distribution: ``"uniform"`` or ``"erk"``; anything else if ``sparsity`` is a
+            mapping.
         shapes: From path to shape.
-        sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
+        sparsity: Scalar in [0, 1], or a mapping from paths to such scalars: then
+            ``"erk"`` spreads each over the leaves that its path counts for.
+        layouts: From path to a letter for each axis; by default a leaf is one kernel.
 
     Returns:
         float64 [] for each path.
@@ -41,14 +50,38 @@ def layer_sparsities(
         >>> layer_sparsities("uniform", {"kernel": (2, 3)}, 0.5)["kernel"].item()
         0.5
     """
+    together = isinstance(sparsity, Mapping) and distribution == "erk"
+    patterns = {path: path for path in sparsity} if together else {}
     if isinstance(sparsity, Mapping):
-        chosen = by_path(sparsity, list(shapes))
-        return {path: jnp.asarray(s).astype(jnp.float64) for path, s in chosen.items()}
-    sparsity = jnp.asarray(sparsity).astype(jnp.float64)
-    if distribution == "uniform":
-        return dict.fromkeys(shapes, sparsity)
-    densities = erk_densities(list(shapes.values()), 1 - sparsity)
-    return {path: 1 - densities[i] for i, path in enumerate(shapes)}
+        values = {path: jnp.asarray(s) for path, s in sparsity.items()}
+        chosen = by_path(values, list(shapes))
+    else:
+        chosen = dict.fromkeys(shapes, jnp.asarray(sparsity))
+    each = {path: s.astype(jnp.float64) for path, s in chosen.items()}
+    if distribution != "erk":
+        return each
+    owners = by_path(patterns, list(shapes)) if together else dict.fromkeys(shapes, "*")
+    for owner in dict.fromkeys(owners.values()):
+        alike = [path for path in shapes if owners[path] == owner]
+        kernels = [_kernels(path, shapes, layouts) for path in alike]
+        densities = erk_densities(
+            [shape for _, shape in kernels],
+            1 - each[alike[0]],
+            [number for number, _ in kernels],
+        )
+        each.update({path: 1 - densities[i] for i, path in enumerate(alike)})
+    return each
+
+
+def _kernels(
+    path: str, shapes: Mapping[str, tuple[int, ...]], layouts: Layouts | None
+) -> tuple[int, tuple[int, ...]]:
+    """How many kernels a leaf holds, and of what shape."""
+    if layouts is None:
+        return 1, shapes[path]
+    layout = layouts[path]
+    stack = stack_shape(layout, shapes[path])
+    return math.prod(stack), kernel_shape(layout, shapes[path])
 
 
 def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
@@ -96,7 +129,9 @@ def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
 
 @wide
 def erk_densities(
-    shapes: list[tuple[int, ...]], density: jax.typing.ArrayLike
+    shapes: list[tuple[int, ...]],
+    density: jax.typing.ArrayLike,
+    numbers: list[int] | None = None,
 ) -> jax.Array:
     r"""The share of weights that each layer keeps under the Erdos-Renyi-kernel rule.
 
@@ -111,6 +146,7 @@ def erk_densities(
     Args:
         shapes: Shapes of the layers.
         density: Share of all weights that is kept, in [0, 1], concrete or traced.
+        numbers: How many layers of each shape there are, 1 by default.
 
     Returns:
         float64 [layers], each in [0, 1].
@@ -126,6 +162,7 @@ def erk_densities(
     sizes = np.array([np.prod(shape, dtype=float) for shape in shapes])
     sums = np.array([sum(shape) if 0 not in shape else 0 for shape in shapes], float)
     q = sums / np.maximum(sizes, 1)
+    sizes = sizes * (1 if numbers is None else np.array(numbers, float))
     # Candidates: the layers above each of the values of q are dense, and no others.
     bounds = np.unique(q)[::-1]
     dense = q[None, :] > bounds[:, None]

@@ -4,12 +4,14 @@ A pattern turns the one threshold of a leaf into a threshold for each weight; al
 (soft or hard, rescaling, straight-through gradients) stays as it is.
 
 - no pattern: every weight has the threshold ``t`` itself;
-- ``"N:M"``: of every M consecutive weights along the input axis, N are kept. The
-  threshold of a group is its (N+1)-th largest magnitude times ``t``, and ``t`` goes
-  from 0 to 1, so that weights pass zero without a jump;
-- a shape such as ``(4, 8)``: a block of so many weights is kept if its l1 norm is above
-  ``t``, and shrinks by the share ``t / norm``. For blocks of one weight that is no
-  pattern at all.
+- ``"N:M"``: of every M consecutive weights along the inputs, N are kept, of equal ones
+  the first. The threshold of a group is its (N+1)-th largest magnitude times ``t``, and
+  ``t`` goes from 0 to 1, so that weights pass zero without a jump;
+- a shape such as ``(4, 8)``: a block of so many weights, 4 inputs by 8 outputs, is kept
+  if its l1 norm is above ``t``, and shrinks by the share ``t / norm``. For blocks of
+  one weight that is no pattern at all.
+
+Groups and blocks lie in one kernel, whatever the array that holds it.
 
 Source of the continuous N:M projection: Hu, Zhu and Chen, "S-STE: Continuous Pruning
 Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024, arXiv:2409.09099.
@@ -21,6 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from st3jax.layout.letters import (
+    Layouts,
+    broadcast,
+    from_kernels,
+    kernel_shape,
+    to_kernels,
+)
 from st3jax.selection.keys import from_key, is_positive, score_dtype, to_key
 
 __all__ = [
@@ -29,7 +38,6 @@ __all__ = [
     "block_norms",
     "check_pattern_fits",
     "final_sparsity",
-    "input_axis",
     "parse_pattern",
     "spread",
 ]
@@ -40,7 +48,7 @@ class Pattern(NamedTuple):
 
     Attributes:
         kind: ``"any"``, ``"groups"`` or ``"block"``.
-        numbers: Nothing, (N, M), or the shape of a block on the last axes of a leaf.
+        numbers: Nothing, (N, M), or the shape of a block on the last axes of a kernel.
     """
 
     kind: str
@@ -62,7 +70,7 @@ def parse_pattern(pattern: str | tuple[int, ...] | None) -> Pattern:
 
     Args:
         pattern: ``None``, ``"N:M"`` such as ``"2:4"``, or the shape of a block on the
-            last axes of a leaf, such as ``(16, 1)``.
+            last axes of a kernel, such as ``(16, 1)``.
 
     Returns:
         The pattern.
@@ -103,41 +111,22 @@ def final_sparsity(pattern: Pattern) -> float | None:
     return (of - keep) / of
 
 
-def input_axis(path: str, ndim: int) -> int:
-    """The axis of a kernel that a matrix product sums over, counted from the end.
-
-    In Flax it is the last but one, except for attention's projections to several heads,
-    whose last two axes are both outputs.
-
-    Args:
-        path: Names on the way to the leaf, joined by ``/``.
-        ndim: Number of its axes.
-
-    Returns:
-        -2 or -3.
-
-    Example:
-        >>> input_axis("Dense_0/kernel", 2), input_axis("attention/query/kernel", 3)
-        (-2, -3)
-    """
-    names = path.split("/")
-    heads = len(names) > 1 and names[-2] in ("query", "key", "value") and ndim > 2
-    return -3 if heads else -2
-
-
-def check_pattern_fits(pattern: Pattern, leaves: dict[str, Any]) -> None:
+def check_pattern_fits(
+    pattern: Pattern, leaves: dict[str, Any], layouts: Layouts
+) -> None:
     """Raises unless every leaf can be divided into the groups or blocks of a pattern.
 
     Args:
         pattern: The pattern.
         leaves: From path to array (or abstract array).
+        layouts: From path to a letter for each axis.
 
     Raises:
         ValueError: With all leaves that cannot.
 
     Example:
         >>> stem = {"stem/kernel": jnp.zeros((3, 3, 3, 64))}
-        >>> check_pattern_fits(parse_pattern("2:4"), stem)
+        >>> check_pattern_fits(parse_pattern("2:4"), stem, {"stem/kernel": "wwio"})
         Traceback (most recent call last):
         ValueError: pattern '2:4' does not fit 'stem/kernel' of shape (3, 3, 3, 64): \
 its input axis of 3 weights does not divide by 4; leave it out with prunable=...
@@ -152,7 +141,7 @@ its input axis of 3 weights does not divide by 4; leave it out with prunable=...
     problems = [
         f"'{path}' of shape {jnp.shape(leaf)}: {problem}"
         for path, leaf in leaves.items()
-        if (problem := _misfit(pattern, path, jnp.shape(leaf)))
+        if (problem := _misfit(pattern, layouts[path], jnp.shape(leaf)))
     ]
     if problems:
         them = "it" if len(problems) == 1 else "them"
@@ -162,20 +151,19 @@ its input axis of 3 weights does not divide by 4; leave it out with prunable=...
         )
 
 
-def _misfit(pattern: Pattern, path: str, shape: tuple[int, ...]) -> str:
+def _misfit(pattern: Pattern, layout: str, shape: tuple[int, ...]) -> str:
+    sides = kernel_shape(layout, shape)
     if pattern.kind == "groups":
-        of, axis = pattern.numbers[1], input_axis(path, len(shape))
-        if len(shape) < -axis:
+        if "i" not in layout:
             return "it has no input axis"
-        size = shape[axis]
+        size, of = sides[layout.count("w")], pattern.numbers[1]
         return f"its input axis of {size} weights does not divide by {of}" * (
             size % of > 0
         )
-    if len(shape) < len(pattern.numbers):
-        return f"it has fewer than {len(pattern.numbers)} axes"
-    pairs = zip(
-        shape[len(shape) - len(pattern.numbers) :], pattern.numbers, strict=True
-    )
+    block = pattern.numbers
+    if len(sides) < len(block):
+        return f"it has fewer than {len(block)} axes"
+    pairs = zip(sides[len(sides) - len(block) :], block, strict=True)
     odd = [f"{size} by {side}" for size, side in pairs if size % side]
     return f"{', '.join(odd)} does not divide" if odd else ""
 
@@ -204,14 +192,15 @@ def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return norms
 
 
-def spread(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
-    """The threshold on each weight, from the one threshold of its leaf.
+def spread(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Array:
+    """The threshold on each weight, from the threshold of its kernel.
 
     Args:
         pattern: The pattern.
         w: Weights of one leaf.
-        t: Scalar threshold of the leaf; off while not above zero.
-        axis: The leaf's input axis, from :func:`input_axis`.
+        t: Threshold of the leaf, a scalar, or one for each of its stacked kernels; off
+            while not above zero.
+        layout: A letter for each axis of the leaf.
 
     Returns:
         Array that broadcasts to ``w``, of the dtype of its scores, cut off from
@@ -220,28 +209,47 @@ def spread(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array
     Example:
         >>> w = jnp.array([[6.0], [-2.0], [1.0], [1.0]])
         >>> groups, blocks = parse_pattern("2:4"), parse_pattern((2, 1))
-        >>> spread(groups, w, jnp.array(1.0), -2).ravel().tolist()
+        >>> spread(groups, w, jnp.array(1.0), "io").ravel().tolist()
         [1.0, 1.0, 1.0, 1.0]
-        >>> spread(blocks, w, jnp.array(4.0), -2).ravel().tolist()
+        >>> spread(blocks, w, jnp.array(4.0), "io").ravel().tolist()
         [3.0, 1.0, inf, inf]
     """
+    t = broadcast(t, layout)
     if pattern.kind == "any":
         return t
     w, t = jax.lax.stop_gradient((w, t.astype(score_dtype(w.dtype))))
+    kernels = to_kernels(w, layout)
     if pattern.kind == "groups":
-        each = _of_groups(pattern, w, t, axis % w.ndim)
+        each = _of_groups(pattern, kernels, t, layout.count("s") + layout.count("w"))
     else:
-        each = _of_blocks(pattern, w, t)
-    return jnp.where(is_positive(t), each, t)
+        own = to_kernels(t, layout) if t.ndim else t
+        each = _of_blocks(pattern, kernels, own)
+    return jnp.where(is_positive(t), from_kernels(each, layout, w), t)
 
 
 def _of_groups(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
     keep, of = pattern.numbers
     split = _split(to_key(w), axis, of)
     lanes = [jax.lax.index_in_dim(split, i, axis + 1) for i in range(of)]
-    bound = from_key(_kth_largest(lanes, keep))
+    least = _kth_largest(lanes, keep)
+    bound = from_key(least)
     bound = jnp.where(t < 1, bound * t, bound)  # at 1, with the bits of the weight
-    return _repeat(bound.squeeze(axis + 1), axis, of)
+    each = _below_first_ties(lanes, least, to_key(bound), keep)
+    return from_key(jnp.concatenate(each, axis + 1)).reshape(w.shape)
+
+
+def _below_first_ties(
+    lanes: list[jax.Array], least: jax.Array, bound: jax.Array, keep: int
+) -> list[jax.Array]:
+    """The bound of each lane, just below the first of equal weights, which stay."""
+    room = keep - sum((lane > least).astype(jnp.int32) for lane in lanes)
+    each = []
+    for lane in lanes:
+        stays = (lane > least) | ((lane == least) & (room > 0))
+        room -= (lane == least).astype(jnp.int32)
+        below = jnp.maximum(jnp.minimum(bound, lane - 1), 0)
+        each.append(jnp.where(stays, below, bound))
+    return each
 
 
 def _of_blocks(pattern: Pattern, w: jax.Array, t: jax.Array) -> jax.Array:

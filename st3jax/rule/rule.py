@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from st3jax.checks import as_mapping, check_choice, check_fraction, is_concrete
+from st3jax.layout.letters import Layouts
 from st3jax.rule.costs import Costs, check_costs, largest_share
 from st3jax.rule.distributions import DISTRIBUTIONS, by_path
 from st3jax.rule.patterns import (
@@ -50,6 +51,23 @@ class Rule(NamedTuple):
     costs: Costs | None = None
     pattern: Pattern = ANY
     axis_name: AxisName = None
+
+    def of_each(self, sparsity: Any) -> bool:
+        """Whether every kernel has a sparsity of its own."""
+        return self.distribution != "global" or isinstance(sparsity, Mapping)
+
+    def needs(self, sparsity: Any) -> dict[str, str]:
+        """What depends on layouts, and how far; see :func:`st3jax.layout.settle`."""
+        needs = {}
+        if self.pattern.kind != "any":
+            needs[str(self.pattern)] = "axes"
+        if self.criterion == "l1_sigma":
+            needs["criterion 'l1_sigma'"] = "axes"
+        if self.distribution == "erk":
+            needs["distribution 'erk'"] = "axes"
+        if self.of_each(sparsity):
+            needs["the sparsity of each kernel"] = "kernels"
+        return needs
 
 
 def make_rule(
@@ -114,10 +132,14 @@ def check_final_sparsity(rule: Rule, sparsity: Any) -> None:
         ValueError: pattern '2:4' ends at a sparsity of 0.5, got 0.9
     """
     if isinstance(sparsity, Mapping):
-        if rule.distribution != "global" or rule.costs or rule.pattern.kind == "groups":
+        if (
+            rule.distribution == "uniform"
+            or rule.costs
+            or rule.pattern.kind == "groups"
+        ):
             raise ValueError(
                 "a sparsity for each path is a distribution of its own: leave out "
-                "distribution, costs and an N:M pattern"
+                "distribution 'uniform', costs and an N:M pattern"
             )
         for path, one in sparsity.items():
             check_fraction(one, f"sparsity of {path!r}")
@@ -173,12 +195,15 @@ def _check_schedule(sparsity: Any, name: str, freeze_step: int | None) -> None:
         )
 
 
-def check_fits(rule: Rule, leaves: dict[str, Any], params: Any, sparsity: Any) -> None:
+def check_fits(
+    rule: Rule, leaves: dict[str, Any], layouts: Layouts, params: Any, sparsity: Any
+) -> None:
     """Raises unless the rule and the sparsity it ends at can be met by these weights.
 
     Args:
         rule: The rule.
         leaves: The prunable leaves by path, arrays or abstract arrays.
+        layouts: From path to a letter for each axis.
         params: Pytree of all parameters.
         sparsity: A fraction, a schedule, or one of them for each path.
 
@@ -186,7 +211,8 @@ def check_fits(rule: Rule, leaves: dict[str, Any], params: Any, sparsity: Any) -
         ValueError: If a pattern or the costs do not fit, if a path matches nothing, or
             if the prunable leaves cost less than asked for.
     """
-    check_pattern_fits(rule.pattern, leaves)
+    check_pattern_fits(rule.pattern, leaves, layouts)
+    _check_stacks(rule, layouts, sparsity)
     if isinstance(sparsity, Mapping):
         by_path(sparsity, list(leaves))
     if rule.costs is None:
@@ -199,4 +225,15 @@ def check_fits(rule: Rule, leaves: dict[str, Any], params: Any, sparsity: Any) -
         raise ValueError(
             f"a share of {float(final):g} of the multiply-adds cannot be removed: "
             f"the prunable leaves take part in {most:.3g} of them"
+        )
+
+
+def _check_stacks(rule: Rule, layouts: Layouts, sparsity: Any) -> None:
+    """Raises where stacked kernels may lie on several devices, each with thresholds."""
+    stacked = next((path for path, letters in layouts.items() if "s" in letters), None)
+    if rule.axis_name is not None and rule.of_each(sparsity) and stacked is not None:
+        raise ValueError(
+            f"'{stacked}' holds stacked kernels, each with a threshold of its own, and "
+            f"its axes may be sharded over {rule.axis_name!r} by hand: leave the "
+            "sharding to jit, without axis_name, or use distribution 'global'"
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from st3jax.checks import check_choice
+from st3jax.layout.letters import kernel_shape
 from st3jax.selection.keys import from_key, key_dtype, score_dtype, to_key
 
 __all__ = ["CRITERIA", "scaled", "score_factor", "scores", "unscaled"]
@@ -28,7 +29,8 @@ def score_factor(criterion: str, shape: tuple[int, ...]) -> float:
 
     Args:
         criterion: ``"l1"`` or ``"l1_sigma"``.
-        shape: Shape of the leaf.
+        shape: Shape of one kernel, as :func:`st3jax.layout.letters.kernel_shape` has
+            it: the window, all inputs, all outputs.
 
     Returns:
         Positive factor.
@@ -47,12 +49,15 @@ def score_factor(criterion: str, shape: tuple[int, ...]) -> float:
     return 1.0 if criterion == "l1" else math.sqrt(sum(shape) or 1)
 
 
-def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
+def scores(
+    w: jax.typing.ArrayLike, criterion: str = "l1", *, layout: str | None = None
+) -> jax.Array:
     """The scores of one leaf: magnitude times the leaf's factor.
 
     Args:
         w: Weights, any shape and floating-point dtype.
         criterion: ``"l1"`` or ``"l1_sigma"``.
+        layout: A letter for each axis; by default the leaf is one kernel.
 
     Returns:
         Array of the shape of ``w``, float64 for float64 weights and float32 otherwise.
@@ -63,7 +68,8 @@ def scores(w: jax.typing.ArrayLike, criterion: str = "l1") -> jax.Array:
     """
     w = jnp.asarray(w)
     size = jnp.abs(w.astype(score_dtype(w.dtype)))
-    return scaled(size, score_factor(criterion, w.shape))
+    shape = w.shape if layout is None else kernel_shape(layout, w.shape)
+    return scaled(size, score_factor(criterion, shape))
 
 
 def scaled(size: jax.Array, factor: float) -> jax.Array:

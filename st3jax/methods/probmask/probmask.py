@@ -21,12 +21,13 @@ from st3jax.checks import (
 from st3jax.engine.seeds import key_of, numbers_for, seed_of
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
+from st3jax.layout.letters import Layouts
 from st3jax.methods.probmask.projection import project
 from st3jax.methods.probmask.relaxed_mask import relaxed_mask, relaxed_slope
 from st3jax.rule.rule import Rule, check_schedules
-from st3jax.rule.thresholds import leaf_thresholds, select
 from st3jax.schedules import at_step
-from st3jax.selection.keys import choose, score_dtype, to_key
+from st3jax.selection.keys import choose, is_positive, score_dtype, to_key
+from st3jax.selection.quantile import threshold
 from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,
@@ -215,7 +216,10 @@ def probmask(
         passed = jnp.minimum(count.astype(jnp.float32) / freeze_step, 1)
         return 1 / (0.97 * (1 - passed) + 0.03)
 
-    def init(leaves: dict[str, Any], params: optax.Params) -> ProbMaskState:
+    def init(
+        leaves: dict[str, Any], layouts: Layouts, params: optax.Params
+    ) -> ProbMaskState:
+        del layouts  # probabilities of all kernels are compared
         probabilities = jax.tree.map(  # in the boxes of the weights, sharded like them
             lambda mark, part: mark if is_masked(mark) else jax.tree.map(_ones, part),
             per_leaf_tree(params, dict.fromkeys(leaves, True)),
@@ -276,12 +280,10 @@ def probmask(
         """Which weights the fixed mask keeps."""
         if draw == "bernoulli":  # m > 1/2 has the probability p at any temperature
             return jax.tree.map(lambda m: m > 0.5, _draw_masks(state))
-        leaves = named_leaves(state.probabilities)
         s = at_step(sparsity, state.count)
-        selected = select(Rule(), leaves, state.probabilities, s)
-        t = next(iter(leaf_thresholds(Rule(), leaves, selected).values()))
+        t, asked = threshold(state.probabilities, s), _is_asked(s)
         return jax.tree.map(
-            lambda p: (t < 0) | (to_key(p) > to_key(t)) | (p >= 1),
+            lambda p: ~asked | (to_key(p) > to_key(t)) | (p >= 1),
             state.probabilities,
         )
 
@@ -330,6 +332,12 @@ def _adam() -> optax.GradientTransformation:
 def _budget(total: int, sparsity: jax.Array) -> jax.Array:
     """What all probabilities may add up to."""
     return total * (1 - sparsity)
+
+
+@wide
+def _is_asked(sparsity: jax.Array) -> jax.Array:
+    """Whether any weight is to be zero."""
+    return is_positive(sparsity)
 
 
 def _of_nonzero(_: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:

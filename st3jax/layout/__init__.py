@@ -1,0 +1,1 @@
+"""What each axis of a kernel is, and who says so."""

@@ -1,0 +1,134 @@
+"""What Flax's own names say of a kernel's axes, and how far they say it.
+
+A name, the shape and the bias beside a kernel leave one reading, or several: then
+somebody has to say which, if the result depends on it.
+"""
+
+import re
+from collections.abc import Mapping
+
+from st3jax.layout.letters import stack_shape
+
+__all__ = ["readings"]
+
+Shape = tuple[int, ...]
+STACKS = ("layer", "layers", "block", "blocks", "stage", "stages", "expert", "experts")
+"""Logical names of axes that stack kernels."""
+HEADS = ("heads", "head", "num_heads", "q_heads", "kv_heads")
+"""Logical names of the axis that attention heads lie on."""
+
+
+def readings(
+    path: str, shapes: Mapping[str, Shape], axis_names: tuple[str | None, ...] = ()
+) -> tuple[str, ...]:
+    """The layouts that a leaf may have, the likeliest first.
+
+    Args:
+        path: Names on the way to the leaf, joined by ``/``.
+        shapes: Shape of every parameter by path: a kernel's bias tells its outputs.
+        axis_names: Logical names of the leaf's axes, if it has any.
+
+    Returns:
+        One layout if the name settles it, otherwise all that are possible.
+
+    Example:
+        >>> readings("Dense_0/kernel", {"Dense_0/kernel": (6, 64, 256)})
+        ('sio',)
+        >>> readings("mlp/kernel", {"mlp/kernel": (6, 64, 256)})
+        ('wio', 'sio', 'ioo', 'iio')
+        >>> shapes = {"mlp/kernel": (6, 64, 256), "mlp/bias": (6, 256)}
+        >>> readings("mlp/kernel", shapes)
+        ('sio',)
+    """
+    shape = shapes[path]
+    named = [axis for axis, name in enumerate(axis_names) if name in STACKS]
+    if named:
+        left = [axis for axis in range(len(shape)) if axis not in named]
+        names = tuple(axis_names[axis] for axis in left)
+        inner = _of_kernel(path, {**shapes, path: tuple(shape[a] for a in left)}, names)
+        return tuple(_with_stacks(letters, named, len(shape)) for letters in inner)
+    return _of_kernel(path, shapes, axis_names)
+
+
+def _with_stacks(letters: str, stacked: list[int], ndim: int) -> str:
+    rest = iter(letters)
+    return "".join("s" if axis in stacked else next(rest) for axis in range(ndim))
+
+
+def _of_kernel(
+    path: str, shapes: Mapping[str, Shape], axis_names: tuple[str | None, ...]
+) -> tuple[str, ...]:
+    """The same, where no logical name says what is stacked."""
+    shape, (parent, name) = shapes[path], _parts(path)
+    if len(shape) < 2:
+        return ("o" * len(shape),)
+    if name == "weight":  # Equinox's and PyTorch's are (out, in), others' are not
+        window = "w" * (len(shape) - 2)
+        return (f"oi{window}", f"{window}io")
+    if len(shape) == 2:
+        return ("io",)
+    heads = [axis for axis, own in enumerate(axis_names) if own in HEADS]
+    if len(shape) == 3 and heads in ([0], [1]):
+        return ("iio",) if heads == [0] else ("ioo",)
+    bias = shapes.get(f"{parent}/bias" if parent else "bias")
+    likely = _by_name(parent, shapes, len(shape))
+    every = likely + tuple(r for r in _possible(len(shape)) if r not in likely)
+    if bias is not None:
+        every = tuple(r for r in every if _outputs(r, shape) == bias) or every
+        likely = tuple(r for r in likely if r in every)
+    if likely:
+        return likely
+    if every[0] in _possible(len(shape))[:1] and _is_window(shape[:-2]):
+        return every[:1]
+    return every
+
+
+def _parts(path: str) -> tuple[str, str]:
+    parent, _, name = path.rpartition("/")
+    return parent, name
+
+
+def _by_name(parent: str, shapes: Mapping[str, Shape], ndim: int) -> tuple[str, ...]:
+    """What the name of a layer says: one reading, two or none."""
+    layer = re.sub(r"_\d+$", "", parent.rpartition("/")[2])
+    if layer == "Dense":
+        return ("s" * (ndim - 2) + "io",)
+    if layer in ("query", "key", "value", "out") and _is_attention(parent, shapes):
+        return ("s" * (ndim - 3) + ("iio" if layer == "out" else "ioo"),)
+    if "conv" in layer.lower() and layer != "ConvLocal":
+        convolution = "w" * (ndim - 2) + "io"
+        return (convolution,) if ndim < 5 else (convolution, "s" + convolution[1:])
+    return ()
+
+
+def _is_attention(parent: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the heads that a query splits into are those that an output joins."""
+    above = parent.rpartition("/")[0]
+    query, out = (
+        shapes.get(f"{above}/{name}/kernel" if above else f"{name}/kernel")
+        for name in ("query", "out")
+    )
+    return query is None or out is None or query[-2:] == out[-3:-1]
+
+
+def _possible(ndim: int) -> tuple[str, ...]:
+    """All readings of a kernel whose name says nothing."""
+    more = "s" * (ndim - 3)
+    plain = (
+        "w" * (ndim - 2) + "io",
+        "s" * (ndim - 2) + "io",
+        more + "ioo",
+        more + "iio",
+    )
+    return plain if ndim < 4 else (*plain, "s" + "w" * (ndim - 3) + "io")
+
+
+def _is_window(sides: Shape) -> bool:
+    """Whether these are the sides of a window, as (3, 3): equal, odd, two or more."""
+    return len(sides) > 1 and len({*sides}) == 1 and sides[0] % 2 == 1
+
+
+def _outputs(layout: str, shape: Shape) -> Shape:
+    """The shape that a bias has beside a kernel of this layout."""
+    outputs = tuple(s for s, own in zip(shape, layout, strict=True) if own == "o")
+    return stack_shape(layout, shape) + outputs
