@@ -60,13 +60,13 @@ class Programs(NamedTuple):
         train_step: As in ``steps``, over all devices.
         eval_step: The same.
         eval_variables: The same.
-        sparsity: Share of zeros among the kernel weights that the model sees.
+        summary: The zeros among the kernel weights that the model sees.
     """
 
     train_step: Any
     eval_step: Any
     eval_variables: Any
-    sparsity: Any
+    summary: Any
 
 
 def compile_programs(model: nn.Module, config: ml_collections.ConfigDict) -> Programs:
@@ -77,16 +77,14 @@ def compile_programs(model: nn.Module, config: ml_collections.ConfigDict) -> Pro
         return jax.pmap(fn, BATCH_AXIS, donate_argnums=donated)
 
     @jax.jit
-    def sparsity(params: Any, opt_state: Any) -> jax.Array:
-        return st3jax.summary(effective_params(config, params, opt_state)).sparsity
+    def summary(params: Any, opt_state: Any) -> st3jax.Summary:
+        return st3jax.summary(effective_params(config, params, opt_state))
 
     return Programs(
         over_devices(train_step, donated=0),
         over_devices(eval_step, apply_fn=model.apply),
         over_devices(eval_variables),
-        lambda state: float(
-            sparsity(*jax_utils.unreplicate((state.params, state.opt_state)))
-        ),
+        lambda state: summary(*jax_utils.unreplicate((state.params, state.opt_state))),
     )
 
 
@@ -107,7 +105,7 @@ def evaluate(
             parts = split_over_devices(batch)
             for name, variables in networks.items():
                 sums[name].append(programs.eval_step(variables, parts))
-    metrics = {"sparsity": programs.sparsity(state)}
+    metrics = {"sparsity": float(programs.summary(state).sparsity)}
     for name, parts in jax.device_get(sums).items():
         total = jax.tree.map(lambda *xs: float(sum(x[0] for x in xs)), *parts)
         metrics[f"{name}_accuracy"] = total["correct"] / total["images"]
@@ -248,8 +246,10 @@ def _train_and_evaluate(
                 seconds = time.monotonic() - since
                 means["images_per_second"] = len(recent) * config.batch_size / seconds
                 means["input_wait"] = waited / seconds
-                means["sparsity"] = programs.sparsity(state)
+                summary = programs.summary(state)
+                means["sparsity"] = float(summary.sparsity)
                 monitor.record(step, means)
+                monitor.tell_vanished(step, summary.vanished())
                 recent, since, waited = [], time.monotonic(), 0.0
 
             if last or (epoch_ends and epoch % config.eval_every_epochs == 0):

@@ -8,6 +8,11 @@ nested it, and apply it.
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+
+from st3jax.fingerprint import is_seen
+from st3jax.selection.keys import to_key
+from st3jax.trees import check_same_structure, named_leaves
 
 __all__ = ["SparseState", "finalize", "find_state", "sparsify"]
 
@@ -117,7 +122,9 @@ def finalize(params: Params, opt_state: Any) -> Params:
         What :func:`sparsify` returns, cut off from differentiation.
 
     Raises:
-        ValueError: As :func:`sparsify`.
+        ValueError: As :func:`sparsify`; or if these are not the weights that the state
+            has last seen, so that its thresholds would leave another sparsity. Under
+            ``jit`` nothing is known of that, and nothing is checked.
 
     Example:
         >>> import optax, st3jax
@@ -127,4 +134,33 @@ def finalize(params: Params, opt_state: Any) -> Params:
         >>> finalize(params, opt_state)["kernel"].tolist()
         [[0.0, 0.0, 3.0, -4.0]]
     """
-    return jax.lax.stop_gradient(sparsify(params, opt_state))
+    state = find_state(opt_state)
+    weights = state.effective_params(params)
+    if hasattr(state, "seen"):
+        _check_seen(state, params, weights)
+    return jax.lax.stop_gradient(weights)
+
+
+def _check_seen(state: Any, params: Any, weights: Any) -> None:
+    """Raises if the weights are others than the state's, and come out otherwise."""
+    check_same_structure(state.per_leaf, params)
+    asked = getattr(state, "sparsity", None)
+    if is_seen(state, state.per_leaf, params, asked):
+        return
+    names = list(named_leaves(state.per_leaf))
+    before, after = named_leaves(params), named_leaves(weights)
+    zeros = sum(int(jnp.sum(to_key(after[name]) == 0)) for name in names)
+    total = sum(after[name].size for name in names)
+    same = all(bool(jnp.array_equal(before[name], after[name])) for name in names)
+    if same and asked is not None and zeros >= float(asked) * (total - 1):
+        return  # as sparse as was asked for, so that nothing is left to do
+    wanted = "" if asked is None else f", where {float(asked):.4g} was asked for"
+    raise ValueError(
+        "these weights are not those that the optimizer state has last seen: with it "
+        f"{zeros} of {total} prunable weights would be zero, a share of "
+        f"{zeros / total:.4g}{wanted}. Were they finalized already, averaged, scaled "
+        "or changed after the update, or are they of another step or model? What "
+        "changes updates or weights (optax.lookahead, schedule_free, scale) goes "
+        "inside, as st3(optax.lookahead(...), ...); an average gets its zeros by "
+        "st3jax.prune(average, sparsity)"
+    )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +82,37 @@ def test_a_summary_of_abstract_weights_has_their_shapes():
 def test_a_summary_of_nothing_prunable_is_refused():
     with pytest.raises(ValueError, match="no parameter is prunable"):
         st3jax.summary({"bias": jnp.zeros(3)})
+
+
+def test_kernels_of_which_nothing_is_left_are_named_with_their_place():
+    stack = np.ones((2, 3, 4, 5), np.float32)
+    stack[1, 2] = 0
+    params = {
+        "mlp": {"kernel": stack},
+        "head": {"kernel": np.zeros((5, 2), np.float32)},
+        "stem": {"kernel": np.eye(3, dtype=np.float32)},
+        "none": {"kernel": np.ones((0, 2), np.float32)},
+    }
+    found = st3jax.summary(params, layout={"mlp/*": "ssio"})
+    assert sorted(found.vanished()) == ["head/kernel", "mlp/kernel[1][2]"]
+    assert found.layers["mlp/kernel"].each.tolist() == [[0, 0, 0], [0, 0, 20]]
+    traced = jax.jit(lambda p: st3jax.summary(p, layout={"mlp/*": "ssio"}))(params)
+    assert traced.vanished() == found.vanished()
+
+
+def test_with_a_state_raw_weights_are_counted_as_the_model_sees_them():
+    params = {
+        "blocks": {"kernel": jnp.arange(1.0, 25).reshape(2, 3, 4)},
+        "head": {"kernel": jnp.ones((4, 2))},
+    }
+    tx = st3jax.st3(
+        optax.set_to_zero(),
+        {"blocks/*": 0.5},
+        layout={"blocks/*": "sio"},
+        prunable=lambda path, _: path.startswith("blocks"),
+    )
+    _, opt_state = tx.update(params, tx.init(params), params)
+    found = st3jax.summary(params, opt_state)
+    assert list(found.layers) == ["blocks/kernel"]
+    assert found.layers["blocks/kernel"].each.tolist() == [6, 6]
+    assert int(st3jax.summary(st3jax.finalize(params, opt_state)).zeros) == 12

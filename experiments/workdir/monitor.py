@@ -71,6 +71,7 @@ class Monitor:
             "", total=total, completed=start, status=""
         )
         self._shown: dict[str, float] = {}
+        self._vanished: set[str] = set()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -102,6 +103,18 @@ class Monitor:
             if name in self._shown
         )
         self._progress.update(self._task, completed=step, status=status)
+
+    def tell_vanished(self, step: int, kernels: list[str]) -> None:
+        """Names kernels of which nothing is left, each once."""
+        new = [kernel for kernel in kernels if kernel not in self._vanished]
+        self._vanished |= {*new}
+        if new:
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            self._progress.console.print(
+                f"step {step:,}: every weight is zero in {', '.join(new[:5])}{more}, "
+                "so that no signal passes; see docs/options.md, Layers that vanish",
+                markup=False,
+            )
 
     def _event(self, step: int, **content: Any) -> None:
         event = Event(wall_time=time.time(), step=step, **content)

@@ -17,8 +17,10 @@ from st3jax import ops
 from st3jax.checks import as_mapping, check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform, where
 from st3jax.engine.updates import clear_state, hold_mask, step_onto
+from st3jax.fingerprint import first_fingerprint
 from st3jax.layout.letters import Layouts, broadcast
 from st3jax.layout.settle import as_structure
+from st3jax.rule.distributions import share_of_all
 from st3jax.rule.patterns import Pattern, spread
 from st3jax.rule.rule import Rule, check_fits, check_schedules
 from st3jax.rule.thresholds import first_thresholds, leaf_thresholds, select
@@ -88,7 +90,10 @@ class ThresholdState(NamedTuple):
         thresholds: Scalar on ``|w|`` for each prunable leaf, -1 before the ramp, 0
             after fixing; ``optax.MaskedNode`` elsewhere. Of stacked kernels that have
             a sparsity each, one for each of them, in the shape of the stacked axes.
+        sparsity: float32 [], the share of zeros that was last asked for.
         frozen: bool [], whether the mask is fixed.
+        seen: int32 [], which weights the state has last seen; see
+            :func:`st3jax.finalize`.
         effective: Static, how weights become effective.
         layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer.
@@ -96,7 +101,9 @@ class ThresholdState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     thresholds: Any
+    sparsity: jax.Array
     frozen: jax.Array
+    seen: jax.Array
     effective: Static
     layouts: Static
     inner_state: optax.OptState
@@ -184,7 +191,9 @@ def gradual(
         return ThresholdState(
             count=first_count(),
             thresholds=per_leaf_tree(params, off),
+            sparsity=jnp.zeros([], jnp.float32),
             frozen=jnp.zeros([], bool),
+            seen=first_fingerprint(),
             effective=own,
             layouts=as_structure(layouts, params),
             inner_state=None,
@@ -216,8 +225,8 @@ def gradual(
             return due
         return jnp.where(state.count >= freeze_step, ~state.frozen, due)
 
-    def moved(state: ThresholdState, params: Any) -> Any:
-        """The thresholds after ``state.count`` completed steps."""
+    def moved(state: ThresholdState, params: Any) -> ThresholdState:
+        """With the thresholds after ``state.count`` completed steps."""
         count, due = state.count, is_due(state)
         s, before = at_step(sparsity, count), named_leaves(state.thresholds)
         every = named_leaves(params)
@@ -227,9 +236,12 @@ def gradual(
         layouts = dict(state.layouts.value)
         selected = select(rule, leaves, layouts, params, s, before, needed=due)
         after = leaf_thresholds(rule, leaves, layouts, selected)
+        share = share_of_all(s, leaves)
         if due is not True:
             after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
-        return in_place_of(state.thresholds, after)
+            share = jnp.where(due, share, state.sparsity)
+        thresholds = in_place_of(state.thresholds, after)
+        return state._replace(thresholds=thresholds, sparsity=share)
 
     def hold_fixed(state: ThresholdState, updates: Any, params: Any) -> Any:
         """The updates that a mask which outlives the step allows."""
@@ -279,7 +291,7 @@ def gradual(
         if freeze_step is not None or sticky == "strict":
             updates = hold_fixed(state, updates, params)
         stepped = optax.apply_updates(params, updates)
-        state = state._replace(thresholds=moved(state, stepped))
+        state = moved(state, stepped)
         if sticky != "no":
             updates, state = remove(state, updates, params, stepped)
         if sticky == "strict":  # what is gone is told by the zeros themselves
@@ -307,6 +319,7 @@ def gradual(
         prunable=prunable,
         layout=layout,
         needs=needs,
+        axis_name=rule.axis_name,
     )
 
 

@@ -16,8 +16,10 @@ import optax
 from st3jax.base import SparseState
 from st3jax.checks import check_optimizer, check_predicate
 from st3jax.engine.updates import pin
+from st3jax.fingerprint import fingerprint
 from st3jax.layout.letters import Layouts
 from st3jax.layout.settle import check_layout, settle
+from st3jax.selection.tally import AxisName
 from st3jax.trees import (
     Prunable,
     check_same_structure,
@@ -34,10 +36,12 @@ class State(SparseState, Protocol):
 
     Attributes:
         count: int32 [], completed steps.
+        frozen: bool [], whether the mask is fixed.
         inner_state: State of the wrapped optimizer.
     """
 
     count: Any
+    frozen: Any
 
     @property
     def per_leaf(self) -> Any:
@@ -83,6 +87,7 @@ def sparse_transform(
     prunable: Prunable,
     layout: Layouts | None = None,
     needs: Mapping[str, str] | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of a method, made of what is its own.
 
@@ -103,6 +108,7 @@ def sparse_transform(
             ``init``, and read from the state's ``per_leaf`` ever after.
         layout: What the user said of the axes of leaves.
         needs: What depends on them, and how far; see :func:`st3jax.layout.settle`.
+        axis_name: Axes of ``shard_map`` that weights are sharded over by hand.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -127,7 +133,13 @@ def sparse_transform(
         )
         count = optax.safe_increment(state.count)
         state = state._replace(count=count, inner_state=inner_state)
-        return land(state, updates, params, given)
+        updates, landed = land(state, updates, params, given)
+        if not hasattr(state, "seen"):  # its zeros do not depend on the weights
+            return updates, landed
+        stepped = optax.apply_updates(params, updates)
+        seen = fingerprint(state.per_leaf, stepped, landed.frozen, axis_name)
+        fixed = state.frozen & landed.frozen  # the zeros stay those of that step
+        return updates, landed._replace(seen=jnp.where(fixed, state.seen, seen))
 
     def init_fn(params: optax.Params) -> Any:
         leaves = prunable_leaves(params, prunable)

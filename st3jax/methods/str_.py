@@ -15,6 +15,7 @@ from st3jax import ops
 from st3jax.checks import check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
+from st3jax.fingerprint import first_fingerprint
 from st3jax.layout.letters import Layouts, broadcast, stack_shape
 from st3jax.layout.settle import as_structure
 from st3jax.selection.keys import to_key
@@ -42,6 +43,8 @@ class STRState(NamedTuple):
             sigmoid is the threshold, or one for each stacked kernel, in the shape of
             the stacked axes; ``optax.MaskedNode`` elsewhere.
         frozen: bool [], whether the mask is fixed.
+        seen: int32 [], which weights the state has last seen; see
+            :func:`st3jax.finalize`.
         threshold_state: State of the optimizer of the thresholds.
         layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer.
@@ -50,6 +53,7 @@ class STRState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     thresholds: Any
     frozen: jax.Array
+    seen: jax.Array
     threshold_state: optax.OptState
     layouts: Static
     inner_state: optax.OptState
@@ -157,6 +161,7 @@ def str_(
             count=first_count(),
             thresholds=thresholds,
             frozen=jnp.zeros([], bool),
+            seen=first_fingerprint(),
             threshold_state=threshold_optimizer.init(thresholds),
             layouts=as_structure(layouts, params),
             inner_state=None,

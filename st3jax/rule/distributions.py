@@ -18,7 +18,13 @@ import numpy as np
 from st3jax.layout.letters import Layouts, kernel_shape, stack_shape
 from st3jax.selection.wide import wide
 
-__all__ = ["DISTRIBUTIONS", "by_path", "erk_densities", "layer_sparsities"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "by_path",
+    "erk_densities",
+    "layer_sparsities",
+    "share_of_all",
+]
 
 DISTRIBUTIONS = ("global", "uniform", "erk")
 
@@ -82,6 +88,28 @@ def _kernels(
     layout = layouts[path]
     stack = stack_shape(layout, shapes[path])
     return math.prod(stack), kernel_shape(layout, shapes[path])
+
+
+@wide
+def share_of_all(sparsity: Any, leaves: Mapping[str, Any]) -> jax.Array:
+    """The share of all weights that is asked for, float32 [].
+
+    Args:
+        sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
+        leaves: The prunable leaves by path.
+
+    Example:
+        >>> leaves = {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 1))}
+        >>> float(share_of_all({"a": 0.0, "*": 1.0}, leaves))
+        0.25
+    """
+    if not isinstance(sparsity, Mapping):
+        return jnp.asarray(sparsity).astype(jnp.float32)
+    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    each = by_path({k: jnp.asarray(s) for k, s in sparsity.items()}, list(sizes))
+    parts = [each[path].astype(jnp.float64) * size for path, size in sizes.items()]
+    total = max(sum(sizes.values()), 1)
+    return (jnp.stack(parts).sum() / total).astype(jnp.float32)
 
 
 def by_path(values: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

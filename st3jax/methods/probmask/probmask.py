@@ -21,6 +21,7 @@ from st3jax.checks import (
 from st3jax.engine.seeds import key_of, numbers_for, seed_of
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
+from st3jax.fingerprint import first_fingerprint
 from st3jax.layout.letters import Layouts
 from st3jax.methods.probmask.projection import project
 from st3jax.methods.probmask.relaxed_mask import relaxed_mask, relaxed_slope
@@ -59,6 +60,8 @@ class ProbMaskState(NamedTuple):
         temperature: float32 [], by which the logits of the next mask are multiplied.
         seed: uint32 [2], what all masks are drawn from.
         frozen: bool [], whether the mask is fixed.
+        seen: int32 [], which weights the state has last seen; see
+            :func:`st3jax.finalize`.
         probability_state: State of the optimizer of the probabilities.
         inner_state: State of the wrapped optimizer.
     """
@@ -68,6 +71,7 @@ class ProbMaskState(NamedTuple):
     temperature: jax.Array
     seed: jax.Array
     frozen: jax.Array
+    seen: jax.Array
     probability_state: optax.OptState
     inner_state: optax.OptState
 
@@ -232,6 +236,7 @@ def probmask(
             temperature=temperature_at(first_count()),
             seed=jnp.array(seed),  # a copy, as states are donated
             frozen=jnp.zeros([], bool),
+            seen=first_fingerprint(),
             probability_state=probability_optimizer.init(probabilities),
             inner_state=None,
         )
