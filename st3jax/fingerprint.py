@@ -60,11 +60,11 @@ def fingerprint(
 
 @jax.jit  # of leaves of one shape, traced once
 def _of_leaf(w: jax.Array, frozen: jax.Array) -> jax.Array:
-    key = to_key(w)
-    signed = jnp.where(jnp.signbit(w), -key, key)
-    if signed.dtype == jnp.int64:
-        signed ^= signed >> 32
-    named = jnp.where(frozen, (key != 0).astype(jnp.int32), signed.astype(jnp.int32))
+    bits = lax.bitcast_convert_type(w, jnp.dtype(f"int{8 * w.dtype.itemsize}"))
+    if bits.dtype == jnp.int64:
+        bits ^= bits >> 32
+    kept = (to_key(w) != 0).astype(jnp.int32)
+    named = jnp.where(frozen, kept, bits.astype(jnp.int32))
     return jnp.sum(named, dtype=jnp.int32)
 
 
