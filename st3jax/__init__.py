@@ -5,8 +5,9 @@
     weights = st3jax.finalize(params, opt_state)                  # exact zeros, to ship
 
 Another method is another name in the first line: ``ste``, ``gmp``, ``lrr``,
-``probmask``, ``granet``, ``rigl``, ``set_`` or ``str_``. NNX models have the same two
-functions in :mod:`st3jax.nnx`; new methods are built from :mod:`st3jax.ops` and
+``probmask``, ``granet``, ``rigl``, ``set_`` or ``str_``; or ``hold_zeros``, for a
+network that is sparse already. NNX models have the same two functions in
+:mod:`st3jax.nnx`; new methods are built from :mod:`st3jax.ops` and
 :mod:`st3jax.selection`.
 """
 
@@ -17,6 +18,7 @@ from st3jax.engine.regrowth import RegrowthState
 from st3jax.layouts import layouts
 from st3jax.methods.gmp import gmp
 from st3jax.methods.granet import granet
+from st3jax.methods.hold_zeros import HoldState, hold_zeros
 from st3jax.methods.lrr import lrr, lrr_cycles
 from st3jax.methods.probmask.probmask import ProbMaskState, probmask
 from st3jax.methods.rigl import rigl
@@ -33,6 +35,7 @@ from st3jax.trees import is_kernel, kernel_mask
 from st3jax.version import __version__
 
 __all__ = [
+    "HoldState",
     "Layer",
     "ProbMaskState",
     "RegrowthState",
@@ -45,6 +48,7 @@ __all__ = [
     "find_state",
     "gmp",
     "granet",
+    "hold_zeros",
     "is_kernel",
     "kernel_mask",
     "layouts",

@@ -88,6 +88,7 @@ METHODS = {
         initial=-2.0,
         freeze_step=FREEZE,
     ),
+    "hold_zeros": functools.partial(st3jax.hold_zeros),
 }
 """What makes a transform that has come to its sparsity after ``FREEZE`` steps."""
 
@@ -116,12 +117,14 @@ ALL_GRADIENTS = {"st3", "ste", "granet", "granet sparse"}
 """Methods whose optimizer sees all gradients, until the mask is fixed."""
 MASKS = {"granet", "granet sparse", "rigl", "set"}
 """Methods with a mask, whose active weights may be zero."""
+SPARSE = {"hold_zeros"}
+"""Methods that start with a sparse network."""
 SAMPLED = {"probmask"}
 """Methods that train on masks drawn at random, up to ``FREEZE`` steps."""
 OPEN = [name for name in METHODS if "freeze_step" in METHODS[name].keywords]
 OPEN.remove("probmask")
 """Methods that may fix their mask, or never do."""
-KINDS = ["st3", "gmp strict", "granet", "probmask"]
+KINDS = ["st3", "gmp strict", "granet", "probmask", "hold_zeros"]
 """One of each kind of state: what is around a transform knows no more of it."""
 
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -138,6 +141,12 @@ def forget():
     for cached in (usual, usual_run):
         cached.cache_clear()
     jax.clear_caches()
+
+
+def start(name, seed=0, dtype=jnp.float32):
+    """The network that a method starts with."""
+    params = network(seed, dtype)
+    return st3jax.prune(params, SPARSITY) if name in SPARSE else params
 
 
 class Step(NamedTuple):
@@ -164,9 +173,8 @@ def make_step(tx, axis_name=None):
     return step
 
 
-def trajectory(tx, step, steps=STEPS, params=None):
+def trajectory(tx, step, params, steps=STEPS):
     """All steps, one after the other."""
-    params = network() if params is None else params
     opt_state = tx.init(params)
     for i in range(steps):
         now = step(params, opt_state, make_batch(i))
@@ -187,7 +195,7 @@ def usual(name):
 @functools.cache
 def usual_run(name, seed=0):
     tx, step = usual(name)
-    return jax.device_get(list(trajectory(tx, step, params=network(seed))))
+    return jax.device_get(list(trajectory(tx, step, start(name, seed))))
 
 
 def shapes(tree):
@@ -258,8 +266,8 @@ def test_finalize_returns_what_the_model_sees_to_the_bit(name):
 def test_every_gradient_passes_and_the_transform_decides_which_are_seen(name):
     """Before and after the mask is fixed."""
     run = usual_run(name)
-    before = jax.device_get(usual(name)[0].init(network()))
-    raw = network()
+    before = jax.device_get(usual(name)[0].init(start(name)))
+    raw = start(name)
     for i, now in enumerate(run):
         assert_identical(now.passed, now.given)
         fixed = i >= FREEZE and name != "granet sparse"
@@ -282,7 +290,7 @@ def test_every_gradient_passes_and_the_transform_decides_which_are_seen(name):
 
 
 def test_biases_train_as_with_the_inner_optimizer_alone(name):
-    params = biases(network())
+    params = biases(start(name))
     state = MOMENTUM.init(params)
     for now in usual_run(name):
         updates, state = momentum_alone(biases(now.given), state, params)
@@ -306,7 +314,7 @@ def test_nothing_is_compiled_twice(name):
     tx, step = usual(name)
     usual_run(name)
     assert step._cache_size() == 1
-    params = network()
+    params = start(name)
     states = [tx.init(params), jax.jit(tx.init)(params)]
     assert_identical(*states)
     assert shapes(states[0]) == shapes(states[1])
@@ -315,7 +323,7 @@ def test_nothing_is_compiled_twice(name):
 
 def test_outside_of_jit_an_update_is_compiled_once(name, caplog):
     tx = METHODS[name](MOMENTUM)
-    params, state = network(), tx.init(network())
+    params, state = start(name), tx.init(start(name))
     compiled = []
     for i in range(3):
         caplog.clear()
@@ -329,7 +337,7 @@ def test_outside_of_jit_an_update_is_compiled_once(name, caplog):
 
 def test_abstract_evaluation_tells_what_running_gives(name):
     tx, _ = usual(name)
-    params = network()
+    params = start(name)
     abstract = jax.eval_shape(tx.init, params)
     state = tx.init(params)
     assert shapes(abstract) == shapes(state)
@@ -358,7 +366,7 @@ def test_abstract_evaluation_tells_what_running_gives(name):
 def test_in_either_mode_dtypes_stay_what_they_are(name, dtype, x64):
     with jax.enable_x64(x64):
         tx = METHODS[name](MOMENTUM)
-        params = jax.eval_shape(lambda: network(dtype=dtype))
+        params = jax.eval_shape(lambda: start(name, dtype=dtype))
         state = jax.eval_shape(tx.init, params)
         updates, after = jax.eval_shape(tx.update, params, state, params)
         assert shapes(after) == shapes(state)
@@ -374,8 +382,8 @@ def pointers(tree):
 def test_donated_buffers_are_distinct_and_give_the_same_bits(name):
     tx, _ = usual(name)
     step = jax.jit(make_step(tx), donate_argnums=(0, 1), compiler_options=OPTIMIZED)
-    spare = tx.init(network())
-    params, opt_state = network(), tx.init(network())
+    spare = tx.init(start(name))
+    params, opt_state = start(name), tx.init(start(name))
     for i, plain in enumerate(usual_run(name)):
         given = params, opt_state
         assert len(set(pointers(given))) == len(pointers(given))
@@ -431,7 +439,7 @@ def test_wrapped_in_optax_it_trains_as_before(name, wrapper):
     """Steps that a wrapper holds back or refuses are no steps."""
     tx = WRAPPERS[wrapper](METHODS[name])
     jitted = jax.jit(make_step(tx))
-    params, opt_state = network(), tx.init(network())
+    params, opt_state = start(name), tx.init(start(name))
     bad = jax.tree.map(lambda x: jnp.nan * x, make_batch(0))
     for i, alone in enumerate(usual_run(name)):
         if wrapper in ("finite", "multi_steps"):
@@ -451,7 +459,7 @@ def test_wrapped_in_optax_it_trains_as_before(name, wrapper):
 
 def test_params_of_another_structure_are_refused(name):
     tx, _ = usual(name)
-    params = network()
+    params = start(name)
     state = tx.init(params)
     others = [
         {"first": params["first"]},
@@ -483,7 +491,7 @@ def test_what_is_prunable_is_asked_once_for_each_leaf(name):
         return st3jax.is_kernel(path, leaf)
 
     tx = METHODS[name](MOMENTUM, prunable=prunable)
-    params = network()
+    params = start(name)
     state = tx.init(params)
     jax.eval_shape(tx.update, params, state, params)
     jax.eval_shape(st3jax.sparsify, params, state)
@@ -491,9 +499,9 @@ def test_what_is_prunable_is_asked_once_for_each_leaf(name):
     assert sorted(asked_for) == sorted(st3jax.trees.all_paths(params))
 
 
-def program(tx, state):
+def program(name, tx, state):
     """What an update does, without the addresses of functions."""
-    jaxpr = jax.make_jaxpr(tx.update)(network(1), state, network())
+    jaxpr = jax.make_jaxpr(tx.update)(network(1), state, start(name))
     return re.sub("0x[0-9a-f]+", "", str(jaxpr))
 
 
@@ -504,9 +512,9 @@ def test_an_update_follows_what_was_prunable_at_the_start(name):
         (usual_choice, other_choice),
         (other_choice, usual_choice),
     ):
-        state = tx.init(network())
-        assert program(other, state) == program(tx, state)
-    seen = jax.eval_shape(usual_choice.update, network(1), state, network())[1]
+        state = tx.init(start(name))
+        assert program(name, other, state) == program(name, tx, state)
+    seen = jax.eval_shape(usual_choice.update, network(1), state, start(name))[1]
     assert shapes(seen) == shapes(state)
     assert len(jax.tree.leaves(state.per_leaf)) == 1
 
@@ -519,7 +527,7 @@ def test_it_trains_where_nothing_is_promoted(name, dtype):
     """Neither ranks nor dtypes, without a word from the user."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         tx = METHODS[name](MOMENTUM)
-        params = network(dtype=dtype)
+        params = start(name, dtype=dtype)
         state = tx.init(params)
 
         def step(params, opt_state):
@@ -531,7 +539,7 @@ def test_it_trains_where_nothing_is_promoted(name, dtype):
         params, after, _ = jax.eval_shape(step, params, state)
         assert shapes(after) == shapes(state)
         assert {w.dtype for w in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-        st3jax.finalize(network(dtype=dtype), state)
+        st3jax.finalize(start(name, dtype=dtype), state)
 
 
 # Devices and transformations
@@ -542,7 +550,7 @@ def test_pmap_keeps_replicas_identical_and_equals_one_device(name):
     step = jax.pmap(
         make_step(tx, "devices"), axis_name="devices", devices=jax.devices()[:4]
     )
-    params, opt_state = stack(network(), 4), stack(tx.init(network()), 4)
+    params, opt_state = stack(start(name), 4), stack(tx.init(start(name)), 4)
     for i, alone in enumerate(usual_run(name)):
         batch = jax.tree.map(lambda x: x.reshape(4, 4, 8), make_batch(i))
         now = step(params, opt_state, batch)
@@ -560,9 +568,9 @@ def test_weights_sharded_over_eight_devices_get_the_same_zeros(name):
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     placed = {2: NamedSharding(mesh, P("rows")), 1: NamedSharding(mesh, P())}
     with jax.set_mesh(mesh):
-        params = jax.tree.map(lambda w: jax.device_put(w, placed[w.ndim]), network())
+        params = jax.tree.map(lambda w: jax.device_put(w, placed[w.ndim]), start(name))
         step = jax.jit(make_step(tx))
-        sharded = list(trajectory(tx, step, params=params))
+        sharded = list(trajectory(tx, step, params))
     for layer in ("first", "second"):
         w = sharded[-1].params[layer]["kernel"]
         assert w.sharding.is_equivalent_to(placed[2], 2)
@@ -579,7 +587,7 @@ def assert_same_zeros(ours, alone):
 def test_vmap_over_seeds_equals_separate_training(name):
     tx, _ = usual(name)
     step = jax.jit(jax.vmap(make_step(tx), (0, 0, None)))
-    params = jax.tree.map(lambda *w: jnp.stack(w), network(0), network(1))
+    params = jax.tree.map(lambda *w: jnp.stack(w), start(name, 0), start(name, 1))
     opt_state = jax.vmap(tx.init)(params)
     for i in range(STEPS):
         now = step(params, opt_state, make_batch(i))
@@ -601,7 +609,7 @@ def test_a_scan_over_steps_equals_a_python_loop(name):
     batches = [make_batch(i) for i in range(STEPS)]
     batches = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     scan = jax.jit(functools.partial(jax.lax.scan, body))
-    _, run = jax.device_get(scan((network(), tx.init(network())), batches))
+    _, run = jax.device_get(scan((start(name), tx.init(start(name))), batches))
     for i, alone in enumerate(usual_run(name)):
         assert_close(pick(run, i), alone)
         assert_same_zeros(pick(run, i), alone)
@@ -613,7 +621,7 @@ def test_a_scan_over_steps_equals_a_python_loop(name):
 @pytest.mark.parametrize("completed", [0, 3, FREEZE + 1])
 def test_flax_serialization_restores_every_bit(name, completed):
     tx, _ = usual(name)
-    fresh = jax.device_get((network(), tx.init(network())))
+    fresh = jax.device_get((start(name), tx.init(start(name))))
     saved = tuple(usual_run(name)[completed - 1][:2]) if completed else fresh
     assert_identical(
         serialization.from_bytes(fresh, serialization.to_bytes(saved)), saved
@@ -623,7 +631,7 @@ def test_flax_serialization_restores_every_bit(name, completed):
 def test_a_restored_checkpoint_goes_on_to_the_same_bits(name, tmp_path):
     """From the ramp, and from where the mask is fixed."""
     tx, step = usual(name)
-    template = jax.eval_shape(lambda: (network(), tx.init(network())))
+    template = jax.eval_shape(lambda: (start(name), tx.init(start(name))))
     with ocp.CheckpointManager(tmp_path) as manager:
         for completed in (3, FREEZE + 1):
             saved = usual_run(name)[completed - 1]
@@ -645,14 +653,14 @@ def test_a_restored_checkpoint_goes_on_to_the_same_bits(name, tmp_path):
 def open_run(name, steps=3):
     """The first steps of a transform that never fixes its mask."""
     tx = METHODS[name](recording(MOMENTUM), freeze_step=None)
-    *_, last = trajectory(tx, jax.jit(make_step(tx)), steps)
+    *_, last = trajectory(tx, jax.jit(make_step(tx)), start(name), steps)
     return jax.device_get((last.params, last.opt_state))
 
 
 @pytest.mark.parametrize("name", OPEN)
 def test_the_state_has_one_structure_whether_the_mask_is_ever_fixed_or_not(name):
     states = [
-        METHODS[name](MOMENTUM, freeze_step=step).init(network())
+        METHODS[name](MOMENTUM, freeze_step=step).init(start(name))
         for step in (None, FREEZE)
     ]
     assert_identical(*states)
@@ -667,10 +675,10 @@ def test_a_state_of_a_mask_that_was_never_fixed_is_trained_on_and_fixed(
     tx, step = usual(name)
     saved = open_run(name)
     if way == "flax":
-        fresh = jax.device_get((network(), tx.init(network())))
+        fresh = jax.device_get((start(name), tx.init(start(name))))
         saved = serialization.from_bytes(fresh, serialization.to_bytes(saved))
     if way == "orbax":
-        template = jax.eval_shape(lambda: (network(), tx.init(network())))
+        template = jax.eval_shape(lambda: (start(name), tx.init(start(name))))
         with ocp.CheckpointManager(tmp_path) as manager:
             manager.save(3, args=ocp.args.StandardSave(jax.device_put(saved)))
             manager.wait_until_finished()
@@ -725,13 +733,15 @@ def test_a_state_of_other_options_is_refused(options):
 
 def test_a_state_of_another_method_is_refused(name):
     tx = METHODS[name](MOMENTUM)
-    others = [METHODS[other](MOMENTUM) for other in ("st3", "set", "probmask", "str")]
-    states = [other.init(network()) for other in (*others, MOMENTUM)]
-    others = [s for s in states if not isinstance(s, type(tx.init(network())))]
-    assert len(others) == 4
-    for state in others:
+    others = ("st3", "set", "probmask", "str", "hold_zeros")
+    states = [METHODS[other](MOMENTUM).init(start(other)) for other in others]
+    states.append(MOMENTUM.init(network()))
+    own = type(tx.init(start(name)))
+    refused = [state for state in states if not isinstance(state, own)]
+    assert len(refused) == 5
+    for state in refused:
         with pytest.raises(TypeError, match=r"update got a state of the type \w+, but"):
-            tx.update(network(1), state, network())
+            tx.update(network(1), state, start(name))
 
 
 def test_saved_numbers_are_what_the_transform_that_takes_them_makes_them():
