@@ -360,6 +360,82 @@ def test_an_empty_layer_has_no_part_in_erk():
     }
 
 
+# Erdos-Renyi-kernel within each path of a mapping
+
+
+def erk_within(groups):
+    """The counts of each kernel, from groups of names and what each is asked for."""
+    expected = {}
+    for names, sparsity in groups:
+        each, _, _ = erk_by_hand([KERNELS[name] for name in names], 1 - sparsity)
+        for name, d in zip(names, each, strict=True):
+            zeros = asked(SIZES[name], 1 - d)
+            expected[name] = {0} if d == 1 else zeros
+    return expected
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_erk_spreads_each_number_over_the_leaves_that_its_path_counts_for(traced):
+    params = network(6)
+    groups = [(("stem", "head"), 0.6), (("middle", "wide"), 0.9)]
+
+    def pruned(params, a, b):
+        sparsity = {"stem*": a, "head*": a, "*": b}
+        return st3jax.prune(params, sparsity, distribution="erk")
+
+    def joined(params, a, b):
+        return st3jax.prune(params, {"[sh]*": a, "*": b}, distribution="erk")
+
+    with jax.enable_x64(True):
+        numbers = (np.float64(0.6), np.float64(0.9))
+        found = (jax.jit(joined) if traced else joined)(params, *numbers)
+        apart = (jax.jit(pruned) if traced else pruned)(params, *numbers)
+    assert_counts(jax.device_get(found), erk_within(groups), params)
+    each = [(("stem",), 0.6), (("head",), 0.6), groups[1]]  # two paths are two groups
+    assert_counts(jax.device_get(apart), erk_within(each), params)
+    assert counts(found) != counts(apart)
+
+
+@few
+@given(networks, networks, fractions, fractions)
+def test_what_a_path_is_asked_for_is_what_its_leaves_have_together(one, two, a, b):
+    shapes = {f"one/{i}": shape for i, shape in enumerate(one)}
+    shapes |= {f"two/{i}": shape for i, shape in enumerate(two)}
+    with jax.enable_x64(True):
+        found = layer_sparsities("erk", shapes, {"one/*": a, "*": b})
+        found = {path: float(s) for path, s in found.items()}
+    for group, sparsity in ((one, a), (two, b)):
+        name = "one" if group is one else "two"
+        mine = [found[f"{name}/{i}"] for i in range(len(group))]
+        sizes = [math.prod(shape) for shape in group]
+        total = sum(s * n for s, n in zip(mine, sizes, strict=True))
+        assert total == pytest.approx(sparsity * sum(sizes), rel=1e-9, abs=1e-9)
+        if len(group) == 1:
+            assert mine == [sparsity]
+
+
+@pytest.mark.parametrize("sparsity", [1e-30, 0.1, 0.3, 0.7, 0.9, 1 - 1e-16])
+def test_a_leaf_that_is_alone_has_exactly_its_number(sparsity):
+    shapes = {"a": (3, 7), "b": (5, 11), "c": (11, 2)}
+    asked_for = {"b": sparsity, "*": 0.5}
+    with jax.enable_x64(True):
+        assert float(layer_sparsities("erk", shapes, asked_for)["b"]) == sparsity
+        alone = layer_sparsities("erk", {"b": (5, 11)}, sparsity)
+        assert float(alone["b"]) == sparsity
+
+
+def test_stacked_kernels_count_each_within_their_path():
+    stack, rest = {"a": (6, 8, 4), "b": (16, 4)}, {"c": (5, 9)}
+    layouts = {"a": "sio", "b": "io", "c": "io"}
+    found = layer_sparsities("erk", stack | rest, {"c": 0.2, "*": 0.8}, layouts)
+    together = layer_sparsities("erk", stack, 0.8, layouts)
+    assert {path: float(found[path]) for path in stack} == {
+        path: float(s) for path, s in together.items()
+    }
+    total = 6 * 32 * float(found["a"]) + 64 * float(found["b"])
+    assert total == pytest.approx(0.8 * (6 * 32 + 64))
+
+
 def test_a_path_is_matched_as_a_whole_with_its_case():
     params = {"Head": {"kernel": np.arange(1.0, 11)[:, None]}, "head": {}}
     params["head"] = {"kernel": np.arange(1.0, 11)[:, None]}
@@ -402,6 +478,7 @@ RULES = {
     "uniform": (RAMP, {"distribution": "uniform"}),
     "erk": (RAMP, {"distribution": "erk"}),
     "mapping": ({"*head*": 0.5, "w*": LATER, "*": RAMP}, {}),
+    "erk by path": ({"[hw]*": LATER, "*": RAMP}, {"distribution": "erk"}),
 }
 each_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -413,9 +490,11 @@ def ramp_at(step, final=FINAL, begin=BEGIN, end=END, power=3):
 
 def expected_at(rule, step):
     sparsity = ramp_at(step)
+    later = ramp_at(step, 0.6, BEGIN + 1, END + 1, 1)
+    if rule == "erk by path":
+        return erk_within([(("wide", "head"), later), (("stem", "middle"), sparsity)])
     if rule != "mapping":
         return expected_counts(rule, sparsity)
-    later = ramp_at(step, 0.6, BEGIN + 1, END + 1, 1)
     each = {"stem": sparsity, "middle": sparsity, "wide": later, "head": 0.5}
     return {name: asked(SIZES[name], each[name]) for name in KERNELS}
 

@@ -69,6 +69,8 @@ def layer_sparsities(
     owners = by_path(patterns, list(shapes)) if together else dict.fromkeys(shapes, "*")
     for owner in dict.fromkeys(owners.values()):
         alike = [path for path in shapes if owners[path] == owner]
+        if len(alike) == 1:  # which has the number itself, to the last bit
+            continue
         kernels = [_kernels(path, shapes, layouts) for path in alike]
         densities = erk_densities(
             [shape for _, shape in kernels],
