@@ -40,6 +40,7 @@ __all__ = [
     "final_sparsity",
     "parse_pattern",
     "spread",
+    "stays",
 ]
 
 
@@ -227,7 +228,53 @@ def spread(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Arr
     return jnp.where(is_positive(t), from_kernels(each, layout, w), t)
 
 
+def stays(pattern: Pattern, scores: jax.Array, t: jax.Array, layout: str) -> jax.Array:
+    """Which weights of a leaf stay, by scores that may be zero where weights are not.
+
+    The same as scores above :func:`spread`, but that a threshold of zero is one: below
+    it are the scores of zero. So zeros may be among those that N:M keeps.
+
+    Args:
+        pattern: The pattern.
+        scores: Scores of the weights of one leaf, compared by magnitude.
+        t: Threshold of the leaf, a scalar, or one for each of its stacked kernels; off
+            while it is negative.
+        layout: A letter for each axis of the leaf.
+
+    Returns:
+        Boolean array of the shape of the scores.
+
+    Example:
+        >>> scores = jnp.array([[6.0], [0.0], [0.0], [0.0]])
+        >>> stays(ANY, scores, jnp.array(0.0), "io").ravel().tolist()
+        [True, False, False, False]
+        >>> stays(parse_pattern("2:4"), scores, jnp.array(1.0), "io").ravel().tolist()
+        [True, True, False, False]
+    """
+    t = broadcast(t.astype(score_dtype(scores.dtype)), layout)
+    bound = jnp.where(t < 0, -1, to_key(t))
+    if pattern.kind == "any":
+        return to_key(scores) > bound
+    kernels = to_kernels(scores, layout)
+    if pattern.kind == "groups":
+        axis = layout.count("s") + layout.count("w")
+        kept = to_key(kernels) > _keys_of_groups(pattern, kernels, t, axis)
+    else:
+        own = to_kernels(bound, layout) if t.ndim else bound
+        kept = _each_weight(
+            to_key(block_norms(kernels, pattern.numbers)) > own, pattern
+        )
+    return (bound < 0) | from_kernels(kept, layout, scores)
+
+
 def _of_groups(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
+    return from_key(jnp.maximum(_keys_of_groups(pattern, w, t, axis), 0))
+
+
+def _keys_of_groups(
+    pattern: Pattern, w: jax.Array, t: jax.Array, axis: int
+) -> jax.Array:
+    """The key up to which each weight goes; of a zero that stays, -1."""
     keep, of = pattern.numbers
     split = _split(to_key(w), axis, of)
     lanes = [jax.lax.index_in_dim(split, i, axis + 1) for i in range(of)]
@@ -235,7 +282,7 @@ def _of_groups(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.A
     bound = from_key(least)
     bound = jnp.where(t < 1, bound * t, bound)  # at 1, with the bits of the weight
     each = _below_first_ties(lanes, least, to_key(bound), keep)
-    return from_key(jnp.concatenate(each, axis + 1)).reshape(w.shape)
+    return jnp.concatenate(each, axis + 1).reshape(w.shape)
 
 
 def _below_first_ties(
@@ -247,19 +294,24 @@ def _below_first_ties(
     for lane in lanes:
         stays = (lane > least) | ((lane == least) & (room > 0))
         room -= (lane == least).astype(jnp.int32)
-        below = jnp.maximum(jnp.minimum(bound, lane - 1), 0)
-        each.append(jnp.where(stays, below, bound))
+        each.append(jnp.where(stays, jnp.minimum(bound, lane - 1), bound))
     return each
 
 
 def _of_blocks(pattern: Pattern, w: jax.Array, t: jax.Array) -> jax.Array:
     size, norms = from_key(to_key(w)), block_norms(w, pattern.numbers)
     share = jnp.where(to_key(norms) > to_key(t), t / norms, jnp.inf)
-    for axis, side in enumerate(pattern.numbers, start=w.ndim - len(pattern.numbers)):
-        share = _repeat(share, axis, side)
+    share = _each_weight(share, pattern)
     # Of a block that is kept no weight becomes zero, however small it is.
     below = from_key(jnp.maximum(to_key(size) - 1, 0))
     return jnp.where(share < jnp.inf, jnp.minimum(size * share, below), share)
+
+
+def _each_weight(x: jax.Array, pattern: Pattern) -> jax.Array:
+    """What blocks have, for each of their weights."""
+    for axis, side in enumerate(pattern.numbers, start=x.ndim - len(pattern.numbers)):
+        x = _repeat(x, axis, side)
+    return x
 
 
 def _split(x: jax.Array, axis: int, side: int) -> jax.Array:
