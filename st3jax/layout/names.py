@@ -5,7 +5,7 @@ somebody has to say which, if the result depends on it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from st3jax.layout.letters import stack_shape
 
@@ -40,14 +40,24 @@ def readings(
         >>> readings("mlp/kernel", shapes)
         ('sio',)
     """
-    shape = shapes[path]
+    shape, parent = shapes[path], path.rpartition("/")[0]
     named = [axis for axis, name in enumerate(axis_names) if name in STACKS]
-    if named:
-        left = [axis for axis in range(len(shape)) if axis not in named]
-        names = tuple(axis_names[axis] for axis in left)
-        inner = _of_kernel(path, {**shapes, path: tuple(shape[a] for a in left)}, names)
-        return tuple(_with_stacks(letters, named, len(shape)) for letters in inner)
-    return _of_kernel(path, shapes, axis_names)
+    left = [axis for axis in range(len(shape)) if axis not in named]
+    bias = shapes.get(f"{parent}/bias" if parent else "bias")
+
+    def whole(letters: str) -> str:
+        return _with_stacks(letters, named, len(shape))
+
+    def fits(letters: str) -> bool:
+        return bias is None or _outputs(whole(letters), shape) == bias
+
+    inner = _of_kernel(
+        path,
+        {**shapes, path: tuple(shape[axis] for axis in left)},
+        tuple(axis_names[axis] for axis in left) if axis_names else (),
+        fits,
+    )
+    return tuple(map(whole, inner))
 
 
 def _with_stacks(letters: str, stacked: list[int], ndim: int) -> str:
@@ -56,31 +66,47 @@ def _with_stacks(letters: str, stacked: list[int], ndim: int) -> str:
 
 
 def _of_kernel(
-    path: str, shapes: Mapping[str, Shape], axis_names: tuple[str | None, ...]
+    path: str,
+    shapes: Mapping[str, Shape],
+    axis_names: tuple[str | None, ...],
+    fits: Callable[[str], bool],
 ) -> tuple[str, ...]:
-    """The same, where no logical name says what is stacked."""
+    """The same, where no logical name says what is stacked; a bias fits, or not."""
     shape, (parent, name) = shapes[path], _parts(path)
     if len(shape) < 2:
         return ("o" * len(shape),)
-    if name == "weight":  # Equinox's and PyTorch's are (out, in), others' are not
-        window = "w" * (len(shape) - 2)
-        return (f"oi{window}", f"{window}io")
+    if name == "weight":
+        return _of_weight(shape, fits)
     if len(shape) == 2:
-        return ("io",)
+        return ("oi",) if fits("oi") and not fits("io") else ("io",)
     heads = [axis for axis, own in enumerate(axis_names) if own in HEADS]
     if len(shape) == 3 and heads in ([0], [1]):
         return ("iio",) if heads == [0] else ("ioo",)
-    bias = shapes.get(f"{parent}/bias" if parent else "bias")
-    likely = _by_name(parent, shapes, len(shape))
+    likely = _by_name(parent, shapes, shape)
     every = likely + tuple(r for r in _possible(len(shape)) if r not in likely)
-    if bias is not None:
-        every = tuple(r for r in every if _outputs(r, shape) == bias) or every
-        likely = tuple(r for r in likely if r in every)
-    if likely:
-        return likely
-    if every[0] in _possible(len(shape))[:1] and _is_window(shape[:-2]):
-        return every[:1]
-    return every
+    fitting = tuple(filter(fits, every))
+    if not fitting:  # the bias says that the name is not what it seems
+        return every
+    if any(r in fitting for r in likely):
+        return tuple(r for r in likely if r in fitting)
+    if fitting[0] == _possible(len(shape))[0] and _is_window(shape[:-2]):
+        return fitting[:1]
+    return fitting
+
+
+def _of_weight(shape: Shape, fits: Callable[[str], bool]) -> tuple[str, ...]:
+    """Equinox's and PyTorch's are (out, in, window), others' (window, in, out)."""
+    every = [
+        "s" * stacks + letters
+        for stacks in range(len(shape) - 1)
+        for window in ["w" * (len(shape) - 2 - stacks)]
+        for letters in (f"oi{window}", f"{window}io")
+    ]
+    fitting = tuple(filter(fits, every)) or tuple(every)
+    last, first = _is_window(shape[2:]), _is_window(shape[:-2])
+    if last != first and every[first] in fitting:
+        return (every[first],)
+    return fitting
 
 
 def _parts(path: str) -> tuple[str, str]:
@@ -88,16 +114,19 @@ def _parts(path: str) -> tuple[str, str]:
     return parent, name
 
 
-def _by_name(parent: str, shapes: Mapping[str, Shape], ndim: int) -> tuple[str, ...]:
-    """What the name of a layer says: one reading, two or none."""
-    layer = re.sub(r"_\d+$", "", parent.rpartition("/")[2])
+def _by_name(parent: str, shapes: Mapping[str, Shape], shape: Shape) -> tuple[str, ...]:
+    """What the name of a layer says: a few readings, the likeliest first, or none."""
+    layer, ndim = re.sub(r"_\d+$", "", parent.rpartition("/")[2]), len(shape)
     if layer == "Dense":
         return ("s" * (ndim - 2) + "io",)
     if layer in ("query", "key", "value", "out") and _is_attention(parent, shapes):
         return ("s" * (ndim - 3) + ("iio" if layer == "out" else "ioo"),)
     if "conv" in layer.lower() and layer != "ConvLocal":
-        convolution = "w" * (ndim - 2) + "io"
-        return (convolution,) if ndim < 5 else (convolution, "s" + convolution[1:])
+        ends = ("io", "oi") if layer == "ConvTranspose" else ("io",)
+        windows = ["w" * (ndim - 2)]
+        if ndim > 4 or (ndim == 4 and shape[0] not in (1, shape[1])):
+            windows.append("s" + "w" * (ndim - 3))
+        return tuple(window + end for window in windows for end in ends)
     return ()
 
 
