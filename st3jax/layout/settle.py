@@ -153,8 +153,12 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _check_paths(said: Mapping[str, str], paths: list[str]) -> None:
+    def is_there(path: str, pattern: str) -> bool:
+        within = pattern.startswith(f"{path}/")  # of a part that a wrapper has masked
+        return within or _matches(path, pattern)
+
     for pattern in said:
-        if not any(_matches(path, pattern) for path in paths):
+        if not any(is_there(path, pattern) for path in paths):
             listed = ", ".join(repr(path) for path in paths[:3])
             raise ValueError(
                 f"the path {pattern!r} of layout matches no parameter: there are "
