@@ -25,6 +25,7 @@ from st3jax.layout.letters import (
     from_kernels,
     stack_shape,
     to_kernels,
+    whole,
 )
 from st3jax.layout.settle import as_structure
 from st3jax.rule.distributions import layer_sparsities
@@ -139,6 +140,8 @@ def random_masks(
 def _map_kernels(fn: Any, layout: str, *arrays: jax.Array) -> jax.Array:
     """A function from arrays of a kernel to one, applied to every kernel of a leaf."""
     kernels = [to_kernels(x, layout) for x in arrays]
+    if "s" in layout:  # as those of one kernel are ranked on all devices
+        kernels = [whole(x) for x in kernels]
     return from_kernels(each_kernel(fn, layout)(*kernels), layout, arrays[0])
 
 

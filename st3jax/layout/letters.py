@@ -28,6 +28,7 @@ __all__ = [
     "kernel_shape",
     "stack_shape",
     "to_kernels",
+    "whole",
 ]
 
 Layouts = Mapping[str, str]
@@ -86,7 +87,7 @@ def to_kernels(x: jax.Array, layout: str) -> jax.Array:
     shape = stack_shape(layout, x.shape) + kernel_shape(layout, x.shape)
     if _order(layout) == list(range(x.ndim)) and shape == x.shape:
         return x
-    return _whole(x).transpose(_order(layout)).reshape(shape)
+    return whole(x).transpose(_order(layout)).reshape(shape)
 
 
 def from_kernels(x: jax.Array, layout: str, like: jax.Array) -> jax.Array:
@@ -99,16 +100,10 @@ def from_kernels(x: jax.Array, layout: str, like: jax.Array) -> jax.Array:
     """
     order = _order(layout)
     if order == list(range(like.ndim)) and x.shape == like.shape:
-        return x
+        return _placed_as(x, like)
     split = x.reshape([like.shape[axis] for axis in order])
     found = split.transpose([order.index(axis) for axis in range(len(order))])
     return _placed_as(found, like)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """The array on every device, where the way it is sharded is part of its type."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.sharding.reshard(x, P()) if mesh.explicit_axes else x
 
 
 def _placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -148,3 +143,14 @@ def broadcast(values: jax.Array, layout: str) -> jax.Array:
         return values
     sizes = iter(values.shape)
     return values.reshape([next(sizes) if letter == "s" else 1 for letter in layout])
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """The array on every device, where the way it is sharded is part of its type.
+
+    Example:
+        >>> whole(jax.numpy.ones((2, 3))).shape
+        (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.sharding.reshard(x, P()) if mesh.explicit_axes else x

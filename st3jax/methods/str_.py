@@ -16,7 +16,7 @@ from st3jax.checks import check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
 from st3jax.fingerprint import first_fingerprint
-from st3jax.layout.letters import Layouts, broadcast, stack_shape
+from st3jax.layout.letters import Layouts, broadcast, stack_shape, whole
 from st3jax.layout.settle import as_structure
 from st3jax.selection.keys import to_key
 from st3jax.trees import (
@@ -241,7 +241,7 @@ def _slope(v: jax.Array, g: jax.Array, w: jax.Array, layout: str) -> jax.Array:
     signed = g.astype(v.dtype) * jnp.sign(w).astype(v.dtype)
     passed = jnp.where(_reaches(broadcast(v, layout), w), signed, 0)
     axes = tuple(axis for axis, letter in enumerate(layout) if letter != "s")
-    return -t * (1 - t) * passed.sum(axes, dtype=v.dtype)
+    return -t * (1 - t) * whole(passed.sum(axes, dtype=v.dtype))
 
 
 def _check_arguments(threshold_optimizer: Any, initial: Any, freeze_step: Any) -> None:

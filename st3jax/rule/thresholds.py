@@ -17,6 +17,7 @@ from st3jax.layout.letters import (
     kernel_shape,
     stack_shape,
     to_kernels,
+    whole,
 )
 from st3jax.rule.costs import largest_share
 from st3jax.rule.distributions import layer_sparsities
@@ -199,6 +200,8 @@ def _of_each(
         sizes = _scores(magnitudes, w, layouts[path])
         if stack and rule.pattern.kind != "block":  # norms are those of kernels
             sizes = to_kernels(sizes, layouts[path])
+        if stack:  # thresholds of kernels are alike on all devices
+            sizes = whole(sizes)
         t = each_kernel(of_kernel, layouts[path])(sizes, before)
         return jnp.where(asked, t.astype(dtype), OFF)
 
