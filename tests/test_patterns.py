@@ -321,7 +321,7 @@ def test_an_infinite_weight_is_kept_and_of_equal_ones_the_first(dtype):
 
 LAYOUTS = {
     "dense": ("kernel", (12, 3), -2),
-    "convolution": ("conv/kernel", (3, 2, 12, 2), -2),
+    "convolution": ("conv/kernel", (3, 3, 12, 2), -2),
     "scanned dense": ("blocks/Dense_0/kernel", (2, 12, 3), -2),
     "a dense layer called query": ("query/kernel", (12, 3), -2),
     "query": ("attention/query/kernel", (12, 2, 5), -3),
