@@ -321,7 +321,7 @@ def test_an_infinite_weight_is_kept_and_of_equal_ones_the_first(dtype):
 
 LAYOUTS = {
     "dense": ("kernel", (12, 3), -2),
-    "convolution": ("conv/kernel", (3, 3, 12, 2), -2),
+    "convolution": ("conv/kernel", (3, 2, 12, 2), -2),
     "scanned dense": ("blocks/Dense_0/kernel", (2, 12, 3), -2),
     "a dense layer called query": ("query/kernel", (12, 3), -2),
     "query": ("attention/query/kernel", (12, 2, 5), -3),
@@ -968,7 +968,7 @@ def test_the_state_is_bytes_per_leaf(options, freeze_step):
     opt_state = tx.init({**params, "bias": jnp.ones(64)})
     leaves = jax.tree.leaves(opt_state)
     assert all(leaf.size == 1 for leaf in leaves)
-    assert sum(leaf.nbytes for leaf in leaves) == 2 * 4 + 4 + 1
+    assert sum(leaf.nbytes for leaf in leaves) == 2 * 4 + 4 + 1 + 8
 
 
 # Composition: a small network of three kernels, one of them attention's

@@ -82,14 +82,16 @@ def _of_kernel(
     heads = [axis for axis, own in enumerate(axis_names) if own in HEADS]
     if len(shape) == 3 and heads in ([0], [1]):
         return ("iio",) if heads == [0] else ("ioo",)
-    likely = _by_name(parent, shapes, shape)
-    every = likely + tuple(r for r in _possible(len(shape)) if r not in likely)
-    fitting = tuple(filter(fits, every))
+    named, possible = _by_name(parent, shapes, len(shape)), _possible(len(shape))
+    for likely in named:
+        fitting = tuple(filter(fits, likely))
+        if fitting:
+            return fitting
+    every = (*sum(named, ()), *possible)
+    fitting = tuple(filter(fits, possible))
     if not fitting:  # the bias says that the name is not what it seems
-        return every
-    if any(r in fitting for r in likely):
-        return tuple(r for r in likely if r in fitting)
-    if fitting[0] == _possible(len(shape))[0] and _is_window(shape[:-2]):
+        return tuple(dict.fromkeys(every))
+    if fitting[0] == possible[0] and _is_window(shape[:-2]):
         return fitting[:1]
     return fitting
 
@@ -114,19 +116,21 @@ def _parts(path: str) -> tuple[str, str]:
     return parent, name
 
 
-def _by_name(parent: str, shapes: Mapping[str, Shape], shape: Shape) -> tuple[str, ...]:
-    """What the name of a layer says: a few readings, the likeliest first, or none."""
-    layer, ndim = re.sub(r"_\d+$", "", parent.rpartition("/")[2]), len(shape)
+def _by_name(
+    parent: str, shapes: Mapping[str, Shape], ndim: int
+) -> tuple[tuple[str, ...], ...]:
+    """What the name of a layer says, and what it may say if the bias denies that."""
+    layer = re.sub(r"_\d+$", "", parent.rpartition("/")[2])
     if layer == "Dense":
-        return ("s" * (ndim - 2) + "io",)
+        return (("s" * (ndim - 2) + "io",),)
     if layer in ("query", "key", "value", "out") and _is_attention(parent, shapes):
-        return ("s" * (ndim - 3) + ("iio" if layer == "out" else "ioo"),)
+        return (("s" * (ndim - 3) + ("iio" if layer == "out" else "ioo"),),)
     if "conv" in layer.lower() and layer != "ConvLocal":
-        ends = ("io", "oi") if layer == "ConvTranspose" else ("io",)
-        windows = ["w" * (ndim - 2)]
-        if ndim > 4 or (ndim == 4 and shape[0] not in (1, shape[1])):
-            windows.append("s" + "w" * (ndim - 3))
-        return tuple(window + end for window in windows for end in ends)
+        window = "w" * (ndim - 2)
+        plain, stacked = window + "io", "s" + window[1:] + "io"
+        swapped = (window + "oi",) * (layer == "ConvTranspose")
+        likely = (plain,) if ndim < 5 else (plain, stacked)
+        return likely, (stacked, *swapped)
     return ()
 
 

@@ -18,6 +18,7 @@ Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024, arXiv:2409.09099.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ __all__ = [
     "block_norms",
     "check_pattern_fits",
     "final_sparsity",
+    "norms_of_kernels",
     "parse_pattern",
     "spread",
     "stays",
@@ -169,7 +171,9 @@ def _misfit(pattern: Pattern, layout: str, shape: tuple[int, ...]) -> str:
     return f"{', '.join(odd)} does not divide" if odd else ""
 
 
-def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def block_norms(
+    w: jax.Array, shape: tuple[int, ...], order: Sequence[int] | None = None
+) -> jax.Array:
     """The l1 norm of every block, with the same bits wherever it is computed.
 
     Sums are made of single additions in a fixed order, since a compiler may order those
@@ -178,6 +182,8 @@ def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Args:
         w: Weights; the blocks tile its last axes.
         shape: Shape of a block.
+        order: The axes in the order in which they are added up, that of the array by
+            default.
 
     Returns:
         float64 for float64 weights and float32 otherwise, with the blocked axes of
@@ -188,9 +194,55 @@ def block_norms(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         [[3.0, 4.0]]
     """
     norms = from_key(to_key(w))  # by bits: a conversion may see w not yet rounded
-    for axis, side in enumerate(shape, start=w.ndim - len(shape)):
-        norms = _add_up(_split(norms, axis, side), axis + 1)
+    sides = (1,) * (w.ndim - len(shape)) + tuple(shape)
+    for axis in range(w.ndim) if order is None else order:
+        if sides[axis] > 1:
+            norms = _add_up(_split(norms, axis, sides[axis]), axis + 1)
     return norms
+
+
+def norms_of_kernels(pattern: Pattern, w: jax.Array, layout: str) -> jax.Array:
+    """The norms of all blocks of a leaf, stacked axes first.
+
+    Example:
+        >>> w = jnp.ones((4, 2, 6))  # two kernels
+        >>> norms_of_kernels(parse_pattern((2, 3)), w, "iso").shape
+        (2, 2, 2)
+    """
+    whole, letters = _unbroken(pattern, w, layout)
+    norms = _norms(pattern, whole, letters)
+    return to_kernels(norms, letters) if "s" in letters else norms
+
+
+def _unbroken(pattern: Pattern, w: jax.Array, layout: str) -> tuple[jax.Array, str]:
+    """The leaf, or its kernels if a group or block would cross axes of the leaf.
+
+    As it is stored it keeps its sharding. The second is the layout of the result.
+    """
+    sides = _sides(pattern, layout)
+    if all(size % side == 0 for size, side in zip(w.shape, sides, strict=True)):
+        return w, layout
+    letters = "s" * layout.count("s") + "w" * layout.count("w")
+    letters += "".join(letter for letter in "io" if letter in layout)
+    return to_kernels(w, layout), letters
+
+
+def _sides(pattern: Pattern, layout: str) -> tuple[int, ...]:
+    """How many weights a group or block takes of each axis, of the last of a letter."""
+    if pattern.kind == "groups":
+        of = {layout.rindex("i"): pattern.numbers[1]}
+    else:
+        window = [axis for axis, letter in enumerate(layout) if letter == "w"]
+        ends = [layout.rindex(letter) for letter in "io" if letter in layout]
+        axes = (window + ends)[-len(pattern.numbers) :]
+        of = dict(zip(axes, pattern.numbers, strict=True))
+    return tuple(of.get(axis, 1) for axis in range(len(layout)))
+
+
+def _norms(pattern: Pattern, w: jax.Array, layout: str) -> jax.Array:
+    """Added up in the order of a kernel's axes, however they are stored."""
+    order = sorted(range(w.ndim), key=lambda axis: "swio".index(layout[axis]))
+    return block_norms(w, _sides(pattern, layout), order)
 
 
 def spread(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Array:
@@ -215,17 +267,23 @@ def spread(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Arr
         >>> spread(blocks, w, jnp.array(4.0), "io").ravel().tolist()
         [3.0, 1.0, inf, inf]
     """
-    t = broadcast(t, layout)
     if pattern.kind == "any":
-        return t
+        return broadcast(t, layout)
     w, t = jax.lax.stop_gradient((w, t.astype(score_dtype(w.dtype))))
-    kernels = to_kernels(w, layout)
+    whole, letters = _unbroken(pattern, w, layout)
+    own = broadcast(t, letters)
     if pattern.kind == "groups":
-        each = _of_groups(pattern, kernels, t, layout.count("s") + layout.count("w"))
+        keys = _keys_of_groups(pattern, whole, own, letters.rindex("i"))
+        each = from_key(jnp.maximum(keys, 0))
     else:
-        own = to_kernels(t, layout) if t.ndim else t
-        each = _of_blocks(pattern, kernels, own)
-    return jnp.where(is_positive(t), from_kernels(each, layout, w), t)
+        each = _of_blocks(pattern, whole, own, letters)
+    t = broadcast(t, layout)
+    return jnp.where(is_positive(t), _stored(each, letters, layout, w), t)
+
+
+def _stored(each: jax.Array, letters: str, layout: str, w: jax.Array) -> jax.Array:
+    """Values of weights as the leaf stores these."""
+    return each if letters == layout else from_kernels(each, layout, w)
 
 
 def stays(pattern: Pattern, scores: jax.Array, t: jax.Array, layout: str) -> jax.Array:
@@ -251,24 +309,19 @@ def stays(pattern: Pattern, scores: jax.Array, t: jax.Array, layout: str) -> jax
         >>> stays(parse_pattern("2:4"), scores, jnp.array(1.0), "io").ravel().tolist()
         [True, True, False, False]
     """
-    t = broadcast(t.astype(score_dtype(scores.dtype)), layout)
+    t = t.astype(score_dtype(scores.dtype))
     bound = jnp.where(t < 0, -1, to_key(t))
+    off = broadcast(bound < 0, layout)
     if pattern.kind == "any":
-        return to_key(scores) > bound
-    kernels = to_kernels(scores, layout)
+        return to_key(scores) > broadcast(bound, layout)
+    whole, letters = _unbroken(pattern, scores, layout)
     if pattern.kind == "groups":
-        axis = layout.count("s") + layout.count("w")
-        kept = to_key(kernels) > _keys_of_groups(pattern, kernels, t, axis)
+        own, axis = broadcast(t, letters), letters.rindex("i")
+        kept = to_key(whole) > _keys_of_groups(pattern, whole, own, axis)
     else:
-        own = to_kernels(bound, layout) if t.ndim else bound
-        kept = _each_weight(
-            to_key(block_norms(kernels, pattern.numbers)) > own, pattern
-        )
-    return (bound < 0) | from_kernels(kept, layout, scores)
-
-
-def _of_groups(pattern: Pattern, w: jax.Array, t: jax.Array, axis: int) -> jax.Array:
-    return from_key(jnp.maximum(_keys_of_groups(pattern, w, t, axis), 0))
+        above = to_key(_norms(pattern, whole, letters)) > broadcast(bound, letters)
+        kept = _each_weight(above, _sides(pattern, letters))
+    return off | _stored(kept, letters, layout, scores)
 
 
 def _keys_of_groups(
@@ -298,18 +351,18 @@ def _below_first_ties(
     return each
 
 
-def _of_blocks(pattern: Pattern, w: jax.Array, t: jax.Array) -> jax.Array:
-    size, norms = from_key(to_key(w)), block_norms(w, pattern.numbers)
+def _of_blocks(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Array:
+    size, norms = from_key(to_key(w)), _norms(pattern, w, layout)
     share = jnp.where(to_key(norms) > to_key(t), t / norms, jnp.inf)
-    share = _each_weight(share, pattern)
+    share = _each_weight(share, _sides(pattern, layout))
     # Of a block that is kept no weight becomes zero, however small it is.
     below = from_key(jnp.maximum(to_key(size) - 1, 0))
     return jnp.where(share < jnp.inf, jnp.minimum(size * share, below), share)
 
 
-def _each_weight(x: jax.Array, pattern: Pattern) -> jax.Array:
+def _each_weight(x: jax.Array, sides: tuple[int, ...]) -> jax.Array:
     """What blocks have, for each of their weights."""
-    for axis, side in enumerate(pattern.numbers, start=x.ndim - len(pattern.numbers)):
+    for axis, side in enumerate(sides):
         x = _repeat(x, axis, side)
     return x
 
@@ -322,6 +375,8 @@ def _split(x: jax.Array, axis: int, side: int) -> jax.Array:
 
 def _repeat(x: jax.Array, axis: int, side: int) -> jax.Array:
     """Every element ``side`` times along an axis."""
+    if side == 1:
+        return x
     shape = (*x.shape[: axis + 1], side, *x.shape[axis + 1 :])
     joined = (*x.shape[:axis], x.shape[axis] * side, *x.shape[axis + 1 :])
     return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(joined)

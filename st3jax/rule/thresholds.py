@@ -21,7 +21,7 @@ from st3jax.layout.letters import (
 )
 from st3jax.rule.costs import largest_share
 from st3jax.rule.distributions import layer_sparsities
-from st3jax.rule.patterns import block_norms, final_sparsity
+from st3jax.rule.patterns import final_sparsity, norms_of_kernels
 from st3jax.rule.rule import CLOSE, Rule
 from st3jax.rule.scores import scaled, score_factor, scores, unscaled
 from st3jax.selection.keys import is_positive, score_dtype
@@ -233,7 +233,7 @@ def _scores(rule: Rule, w: jax.Array, layout: str) -> jax.Array:
     """What is compared: weights, or the norms of blocks, times the leaf's factor."""
     w = jnp.asarray(w)
     if rule.pattern.kind == "block":
-        norms = block_norms(to_kernels(w, layout), rule.pattern.numbers)
+        norms = norms_of_kernels(rule.pattern, w, layout)
         return scaled(norms, _factor(rule, w, layout))
     # Only magnitudes count, so the weights themselves will do.
     return w if rule.criterion == "l1" else scores(w, rule.criterion, layout=layout)
