@@ -14,7 +14,7 @@ from st3jax.fingerprint import is_seen
 from st3jax.selection.keys import to_key
 from st3jax.trees import check_same_structure, named_leaves
 
-__all__ = ["SparseState", "finalize", "find_state", "sparsify"]
+__all__ = ["SparseState", "check_seen", "finalize", "find_state", "sparsify"]
 
 
 Params = TypeVar("Params")
@@ -136,13 +136,23 @@ def finalize(params: Params, opt_state: Any) -> Params:
     """
     state = find_state(opt_state)
     weights = state.effective_params(params)
-    if hasattr(state, "seen"):
-        _check_seen(state, params, weights)
+    check_seen(state, params, weights)
     return jax.lax.stop_gradient(weights)
 
 
-def _check_seen(state: Any, params: Any, weights: Any) -> None:
-    """Raises if the weights are others than the state's, and come out otherwise."""
+def check_seen(state: Any, params: Any, weights: Any) -> None:
+    """Raises if raw weights are others than those that a state has last seen.
+
+    Args:
+        state: State of a method; one that names no weights fits all.
+        params: The raw weights.
+        weights: What the state makes of them.
+
+    Raises:
+        ValueError: With what was asked for and what there is.
+    """
+    if not hasattr(state, "seen"):
+        return
     check_same_structure(state.per_leaf, params)
     asked = getattr(state, "sparsity", None)
     if is_seen(state, state.per_leaf, params, asked):

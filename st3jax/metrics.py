@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st3jax.base import find_state
+from st3jax.base import check_seen, find_state
 from st3jax.layout.letters import Layouts
 from st3jax.layout.settle import settle
 from st3jax.selection.keys import to_key
@@ -92,7 +92,7 @@ def summary(
         A :class:`Summary`. Its counts are arrays, so it works under ``jit`` too.
 
     Raises:
-        ValueError: If no leaf is prunable, or as :func:`st3jax.sparsify`.
+        ValueError: If no leaf is prunable, or as :func:`st3jax.finalize`.
         TypeError: If a prunable leaf is not of a floating-point dtype.
 
     Example:
@@ -104,7 +104,9 @@ def summary(
     """
     if opt_state is not None:
         state: Any = find_state(opt_state)
-        params = state.effective_params(params)
+        weights = state.effective_params(params)
+        check_seen(state, params, weights)
+        params = weights
         known = named_leaves(state.per_leaf)
         leaves = {path: x for path, x in named_leaves(params).items() if path in known}
         layouts = dict(getattr(state, "layouts", Static(())).value)

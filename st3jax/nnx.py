@@ -1,6 +1,7 @@
 """The same functions for Flax NNX, on modules and optimizers."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -64,8 +65,15 @@ def sparsify(model: M, optimizer: nnx.Optimizer[M]) -> M:
         >>> int((finalize(model, optimizer).kernel[...] == 0).sum())
         12
     """
+    return _with_weights(model, optimizer, base.sparsify)
+
+
+def _with_weights(
+    model: M, optimizer: nnx.Optimizer[M], weights_of: Callable[[Any, Any], Any]
+) -> M:
+    """The model with what a function makes of its parameters and of their state."""
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)  # type: ignore[misc]
-    values = base.sparsify(nnx.as_pure(params), nnx.as_pure(optimizer.opt_state))
+    values = weights_of(nnx.as_pure(params), nnx.as_pure(optimizer.opt_state))
     sparse = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(values))
     return nnx.merge(graphdef, sparse, rest)
 
@@ -81,7 +89,7 @@ def finalize(model: M, optimizer: nnx.Optimizer[M]) -> M:
         A module of the same type that shares nothing with ``model``.
 
     Raises:
-        ValueError: As :func:`sparsify`.
+        ValueError: As :func:`st3jax.finalize`.
 
     Example:
         >>> import optax, st3jax
@@ -92,5 +100,5 @@ def finalize(model: M, optimizer: nnx.Optimizer[M]) -> M:
         >>> int((finalize(model, optimizer).kernel[...] == 0).sum())
         8
     """
-    graphdef, state = nnx.split(sparsify(model, optimizer))
+    graphdef, state = nnx.split(_with_weights(model, optimizer, base.finalize))
     return nnx.merge(graphdef, jax.tree.map(jax.numpy.copy, state))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import st3jax
 
@@ -145,8 +146,9 @@ def test_a_second_finalize_is_told_where_it_would_change_weights(soft):
     params, opt_state = train(st3jax.st3(SGD, RAMP, soft=soft, rescale=soft))
     once = st3jax.finalize(params, opt_state)
     if soft:
-        with pytest.raises(ValueError, match=r"last seen.*finalized already"):
-            st3jax.finalize(once, opt_state)
+        for fn in (st3jax.finalize, st3jax.summary):
+            with pytest.raises(ValueError, match=r"last seen.*finalized already"):
+                fn(once, opt_state)
     else:
         twice = st3jax.finalize(once, opt_state)
         assert jax.tree.all(jax.tree.map(jnp.array_equal, once, twice))
@@ -159,6 +161,9 @@ METHODS = {
     "by path": st3jax.st3(SGD, {"*": RAMP}),
     "str_": st3jax.str_(SGD, threshold_optimizer=optax.sgd(0.1), initial=0.0),
     "uniform": st3jax.gmp(SGD, RAMP, distribution="uniform"),
+    "rigl": st3jax.rigl(
+        SGD, 0.5, key=jax.random.key(2), total_steps=40, update_every=3
+    ),
 }
 
 
@@ -187,6 +192,16 @@ def test_fixed_masks_averages_of_them_and_tracing_stay_silent():
         assert jax.tree.structure(traced) == jax.tree.structure(network())
     assert zeros(st3jax.sparsify(network(3), raw[1])) > 0
     assert zeros(st3jax.prune(average, SPARSITY)) == ASKED
+
+
+def test_finalize_of_nnx_tells_as_well():
+    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, st3jax.st3(SGD, SPARSITY), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    sparse = st3jax.nnx.finalize(model, optimizer)
+    assert zeros({"kernel": sparse.kernel[...]}) == int(SPARSITY * 23) + 1
+    with pytest.raises(ValueError, match="last seen"):
+        st3jax.nnx.finalize(sparse, optimizer)
 
 
 def test_nothing_is_told_while_nothing_is_asked_for():
