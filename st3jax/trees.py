@@ -188,7 +188,7 @@ def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, An
         listed = ", ".join(list(leaves)[:5]) or "none at all"
         raise ValueError(
             "no parameter is prunable: the predicate chose none of the "
-            f"{len(leaves)} leaves ({listed}); pass prunable=lambda path, leaf: ..."
+            f"{len(leaves)} leaves ({listed}); {_predicate_for(leaves)}"
         )
     for path, leaf in chosen.items():
         dtype = jnp.result_type(leaf)
@@ -198,6 +198,18 @@ def prunable_leaves(params: Any, prunable: Prunable = is_kernel) -> dict[str, An
                 "weights can be pruned; leave it out with prunable=..."
             )
     return chosen
+
+
+def _predicate_for(leaves: dict[str, Any]) -> str:
+    """Which predicate to pass where the default has found no kernel."""
+    for path, leaf in leaves.items():
+        if path.rpartition("/")[2] == "weight" and getattr(leaf, "ndim", 0) >= 2:
+            return (
+                f"kernels are called weight here, as '{path}': pass prunable=lambda "
+                'path, leaf: path.endswith("weight") and leaf.ndim >= 2, and leave '
+                "out embeddings by their path"
+            )
+    return "pass prunable=lambda path, leaf: ..."
 
 
 def per_leaf_tree(params: Any, values: dict[str, Any]) -> Any:
@@ -322,18 +334,39 @@ def check_same_structure(values: Any, params: Any) -> None:
     except (ValueError, TypeError, KeyError):
         same = False
     if not same:
-        known, given = named_leaves(values), named_leaves(params)
-        missing = next((path for path in known if path not in given), None)
-        names = all_paths(values)
-        extra = next((path for path in given if path not in names), None)
-        what = (
-            f"'{missing}' is missing from the params"
-            if missing
-            else f"the params have other leaves besides, such as '{extra}'"
-        )
-        listed = ", ".join(list(given)[:3]) or "none at all"
         raise ValueError(
             "these params do not have the structure that the optimizer state was "
-            f"initialised with: {what} (they hold {listed}); NNX models have "
-            "st3jax.nnx.sparsify(model, optimizer)"
+            f"initialised with: {_difference(values, params)}"
         )
+
+
+def _difference(values: Any, params: Any) -> str:
+    """What only one of the two has, and what to pass if a model was given."""
+    known, given = named_leaves(values), named_leaves(params)
+    missing = next((path for path in known if path not in given), None)
+    names = all_paths(values)
+    extra = next((path for path in given if path not in names), None)
+    nnx_model = _holds_nnx(params)
+    if extra and not (missing or nnx_model or hasattr(given[extra], "dtype")):
+        return (
+            f"'{extra}' is no array but of type {type(given[extra]).__name__}; pass "
+            "the part of the model that the optimizer was initialised with, such as "
+            "eqx.filter(model, eqx.is_inexact_array) of an Equinox module"
+        )
+    what = (
+        f"'{missing}' is missing from the params"
+        if missing
+        else f"the params have other leaves besides, such as '{extra}'"
+    )
+    listed = ", ".join(list(given)[:3]) or "none at all"
+    way_out = "; NNX models have st3jax.nnx.sparsify(model, optimizer)"
+    return f"{what} (they hold {listed}){way_out * nnx_model}"
+
+
+def _holds_nnx(tree: Any) -> bool:
+    """Whether a tree is or holds a module, a state or a variable of Flax NNX."""
+
+    def is_nnx(node: Any) -> bool:
+        return isinstance(node, nnx.Module | nnx.State | nnx.Variable)
+
+    return any(map(is_nnx, jax.tree.leaves(tree, is_leaf=is_nnx)))

@@ -1,5 +1,6 @@
 """Bad use fails before anything is compiled, with a sentence that helps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +24,27 @@ SPLIT = {**PARAMS, "head": {"kernel": {"low": KERNEL, "high": KERNEL}}}
 RAMP = st3jax.polynomial_ramp(0.9, begin=0, end=10)
 
 OTHER_PARAMS = "not have the structure that the optimizer state was initialised with"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "activation"],
+    meta_fields=[],
+)
+@dataclasses.dataclass
+class Module:
+    """A module as Equinox has them: a pytree with functions among its leaves."""
+
+    weight: object
+    activation: object
+
+
+MODULE, ARRAYS = Module(KERNEL, jax.nn.relu), Module(KERNEL, None)
+
+
+def module_in_place_of_its_arrays(function):
+    tx = st3jax.st3(SGD, 0.5, prunable=lambda path, leaf: True, layout={"*": "oi"})
+    return lambda: function(tx, tx.init(ARRAYS))
 
 
 def st3(sparsity=0.5, **options):
@@ -73,6 +95,8 @@ def one_in_another():
 TWO = ("holds 2 sparse-training states", "only one")
 NONE = ("holds no sparse-training state", "st3jax.st3(optax.sgd(0.1), sparsity=0.9)")
 NOT_PRUNABLE = ("no parameter is prunable", "prunable=lambda path, leaf")
+FILTER = (OTHER_PARAMS, "'activation' is no array", "eqx.filter(model, ")
+WEIGHT = ("'0/weight'", 'path.endswith("weight") and leaf.ndim >= 2', "embeddings")
 NOT_FLOAT = ("only floating-point weights can be pruned", "prunable=")
 EMPTY = ("no score", "empty")
 
@@ -174,6 +198,13 @@ BAD_USES = [
     ("empty params", init({}), ValueError, *NOT_PRUNABLE, "none at all"),
     ("params None", init(None), ValueError, *NOT_PRUNABLE, "none at all"),
     (
+        "kernels called weight",
+        init([Module(KERNEL, BIAS)]),
+        ValueError,
+        *NOT_PRUNABLE,
+        *WEIGHT,
+    ),
+    (
         "integers",
         init({"kernel": jnp.ones((2, 2), int)}),
         TypeError,
@@ -227,6 +258,18 @@ BAD_USES = [
     ("sparsify more", sparsify(MORE), ValueError, OTHER_PARAMS, "tail/kernel"),
     ("sparsify split", sparsify(SPLIT), ValueError, OTHER_PARAMS, "'head/kernel'"),
     ("sparsify None", sparsify(None), ValueError, OTHER_PARAMS, "none at all"),
+    (
+        "sparsify a module with functions",
+        module_in_place_of_its_arrays(lambda tx, state: st3jax.sparsify(MODULE, state)),
+        ValueError,
+        *FILTER,
+    ),
+    (
+        "update a module with functions",
+        module_in_place_of_its_arrays(lambda tx, s: tx.update(ARRAYS, s, MODULE)),
+        ValueError,
+        *FILTER,
+    ),
     # The optimizer state
     ("no method", sparsify(PARAMS, SGD), ValueError, *NONE),
     ("state None", lambda: st3jax.sparsify(PARAMS, None), ValueError, *NONE),
@@ -349,6 +392,27 @@ def test_bad_use_is_explained_in_one_short_sentence(row):
     assert [text for text in texts if text not in message] == []
     assert "\n" not in message
     assert len(message) < 320
+
+
+@pytest.mark.parametrize("part", ["model", "state", "a param", "a tree of params"])
+def test_nnx_is_named_where_nnx_was_given(part):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    params = {
+        "model": model,
+        "state": nnx.state(model),
+        "a param": model.kernel,
+        "a tree of params": {"head": {"kernel": model.kernel}},
+    }[part]
+    with pytest.raises(ValueError, match="NNX models have st3jax"):
+        sparsify(params)()
+
+
+@pytest.mark.parametrize("params", [FEWER, MORE, None, ARRAYS, [KERNEL], {"f": abs}])
+def test_nnx_is_not_named_where_it_was_not_given(params):
+    opt_state = st3jax.st3(SGD, 0.5).init(PARAMS)
+    with pytest.raises(ValueError, match=OTHER_PARAMS) as caught:
+        st3jax.sparsify(params, opt_state)
+    assert "NNX" not in str(caught.value)
 
 
 def test_nothing_is_compiled_before_params_are_refused():
