@@ -52,6 +52,7 @@ def test_options_of_a_public_function_are_keyword_only(name):
         [],
         ["power"],
         ["criterion"],
+        ["opt_state"],
     )
 
 
