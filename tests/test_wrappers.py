@@ -229,12 +229,21 @@ def test_one_integer_and_one_number_name_the_weights_and_what_was_asked():
     np.testing.assert_allclose(opt_state.sparsity, SPARSITY, rtol=1e-6)
 
 
-def test_lbfgs_does_not_go_with_straight_through_gradients():
-    """Its line search takes the gradient for that of the loss, which it is not."""
-    tx = st3jax.st3(optax.lbfgs(), SPARSITY)
-    params, opt_state = train(tx, 4)
-    target = network(103)
-    w = st3jax.finalize(params, opt_state)
-    slope = jax.tree.map(lambda a, b: 2 * (a - b), w, target)
-    kept = sum(int((x != 0).sum()) for x in jax.tree.leaves(slope))
-    assert kept > WEIGHTS - ASKED  # the gradient of zeros is not zero: no true slope
+SEARCHES = {
+    "lbfgs": optax.lbfgs(),
+    "lbfgs without a search": optax.lbfgs(0.1, linesearch=None),
+    "backtracking": optax.chain(SGD, optax.scale_by_backtracking_linesearch(5)),
+    "zoom": optax.chain(SGD, optax.scale_by_zoom_linesearch(5)),
+}
+
+
+@pytest.mark.parametrize("method", [st3jax.st3, st3jax.ste])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_along_straight_through_gradients_is_refused(name, method):
+    with pytest.raises(ValueError, match=r"State: L-BFGS and line searches.*adam"):
+        method(SEARCHES[name], SPARSITY).init(network())
+
+
+def test_a_search_along_true_slopes_is_not():
+    tx = st3jax.gmp(optax.lbfgs(), SPARSITY)
+    assert zeros(st3jax.finalize(*train(tx, 3))) == ASKED

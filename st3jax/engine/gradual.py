@@ -320,6 +320,7 @@ def gradual(
         layout=layout,
         needs=needs,
         axis_name=rule.axis_name,
+        straight_through=not masks_gradient,
     )
 
 

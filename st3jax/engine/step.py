@@ -88,6 +88,7 @@ def sparse_transform(
     layout: Layouts | None = None,
     needs: Mapping[str, str] | None = None,
     axis_name: AxisName = None,
+    straight_through: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of a method, made of what is its own.
 
@@ -109,6 +110,7 @@ def sparse_transform(
         layout: What the user said of the axes of leaves.
         needs: What depends on them, and how far; see :func:`st3jax.layout.settle`.
         axis_name: Axes of ``shard_map`` that weights are sharded over by hand.
+        straight_through: Whether what ``inner`` sees is no slope of the loss.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -146,8 +148,10 @@ def sparse_transform(
         layouts = settle(leaves, params, layout, needs or {})
         if check is not None and not is_placeholder(params):
             check(leaves, layouts, params)
-        state = init(leaves, layouts, params)
-        return state._replace(inner_state=inner.init(params))
+        inner_state = inner.init(params)
+        if straight_through:
+            _check_no_slopes(inner_state)
+        return init(leaves, layouts, params)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: optax.Updates,
@@ -174,6 +178,26 @@ def sparse_transform(
         return after(state, inner_state, updates_of_inner, params, updates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+SLOPES = (
+    optax.ScaleByLBFGSState,
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+)
+"""States of optimizers that take the gradient for the slope of the loss."""
+
+
+def _check_no_slopes(inner_state: Any) -> None:
+    """Raises if the optimizer could not work with straight-through gradients."""
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, SLOPES))
+    found = next((node for node in nodes if isinstance(node, SLOPES)), None)
+    if found is not None:
+        raise ValueError(
+            f"the optimizer has a {type(found).__name__}: L-BFGS and line searches "
+            "take the gradient for the slope of the loss, and a straight-through "
+            "gradient is none; wrap another optimizer, such as optax.adam(1e-3)"
+        )
 
 
 def _check_state(state: Any, state_type: type) -> None:
