@@ -155,7 +155,7 @@ def check_seen(state: Any, params: Any, weights: Any) -> None:
         return
     check_same_structure(state.per_leaf, params)
     asked = getattr(state, "sparsity", None)
-    if is_seen(state, state.per_leaf, params, asked):
+    if is_seen(state, params):
         return
     names = list(named_leaves(state.per_leaf))
     before, after = named_leaves(params), named_leaves(weights)

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from st3jax.layout.letters import Layouts
+from st3jax.layout.names import is_layer
 from st3jax.layout.settle import named_readings, said_of
 from st3jax.traced import read_axes
 from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
@@ -74,7 +75,7 @@ def _is_told(readings: list[str]) -> bool:
 def _by_name(path: str, params: Any, readings: list[str]) -> str:
     """What Flax's names say of a leaf that the computation says nothing of."""
     possible = named_readings(path, params)
-    if not readings and len(possible) == 1:
+    if not readings and len(possible) == 1 and is_layer(path):
         return possible[0]
     shape = jnp.shape(named_leaves(params)[path])
     ways = " and ".join(repr(letters) for letters in readings)

@@ -11,7 +11,7 @@ from st3jax.layout.letters import Layouts
 from st3jax.layout.settle import settle
 from st3jax.selection.keys import to_key
 from st3jax.selection.wide import wide
-from st3jax.trees import Prunable, Static, is_kernel, named_leaves, prunable_leaves
+from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
 
 __all__ = ["Layer", "Summary", "summary"]
 
@@ -109,7 +109,8 @@ def summary(
         params = weights
         known = named_leaves(state.per_leaf)
         leaves = {path: x for path, x in named_leaves(params).items() if path in known}
-        layouts = dict(getattr(state, "layouts", Static(())).value)
+        told = getattr(state, "layouts", None)
+        layouts = dict(told.value) if told else settle(leaves, params, layout, {})
     else:
         leaves = prunable_leaves(params, prunable)
         layouts = settle(leaves, params, layout, {})

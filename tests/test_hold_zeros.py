@@ -166,7 +166,7 @@ def test_the_state_takes_a_byte_a_leaf():
     state = st3jax.hold_zeros(optax.identity()).init(start)
     assert isinstance(state, st3jax.HoldState)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(state)]
-    assert sorted(sizes) == [1, 1, 4]
+    assert sorted(sizes) == [1, 1, 4, 4]  # and two counts
 
 
 # Misuse

@@ -556,7 +556,7 @@ NAMED = {  # path, shape, bias, readings
     "convolution": ("Conv_0", (3, 3, 4, 6), None, ["wwio"]),
     "1-D convolution": ("Conv_0", (3, 4, 6), None, ["wio"]),
     "narrow": ("Conv_0", (1, 7, 4, 6), None, ["wwio"]),
-    "narrow the other way": ("Conv_0", (7, 1, 4, 6), None, ["wwio"]),
+    "narrow or stacked": ("Conv_0", (7, 1, 4, 6), None, ["wwio", "swio"]),
     "narrow with a bias": ("Conv_0", (7, 1, 4, 6), (6,), ["wwio"]),
     "stacked with a bias": ("Conv_0", (7, 3, 4, 6), (7, 6), ["swio"]),
     "3-D or stacked": ("Conv_0", (3, 3, 3, 4, 6), None, ["wwwio", "swwio"]),

@@ -879,3 +879,55 @@ def test_an_axis_is_where_its_positions_are(shape, steps, at):
         varies = {k for k in dims if np.ptp(position, axis=k).any()}
         assert varies <= allowed[letter], reading
     assert "?" not in reading or "reshape" in dict(steps)
+
+
+def axes_and_costs(fn, params, *inputs):
+    axes = read_axes(fn, params, *inputs)
+    return axes, st3jax.multiply_adds(fn, params, *inputs)
+
+
+FIVE, TALL = jnp.ones((5, 8)), jnp.ones((16, 8))
+TOUCHED = {
+    "masked": (lambda p, x, m: x @ (p["w"] * m).T, jnp.ones((16, 8))),
+    "scaled by a number": (lambda p, x, m: x @ (p["w"] / m).T, jnp.ones([])),
+    "scaled by columns": (lambda p, x, m: x @ (p["w"] * m).T, jnp.ones(8)),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+def test_a_kernel_that_an_input_masks_or_scales_is_a_kernel(name):
+    fn, other = TOUCHED[name]
+    axes, costs = axes_and_costs(fn, {"w": TALL}, FIVE, other)
+    assert axes == {"w": ["oi"]}
+    assert costs == {"w": 5}
+
+
+def test_what_is_repeated_to_meet_an_activation_is_no_kernel():
+    def model(p, x, y):
+        return (x * p["scale"] + p["bias"]) @ y
+
+    params = {"scale": jnp.ones(8), "bias": jnp.ones((1, 8))}
+    assert axes_and_costs(model, params, FIVE, jnp.ones((8, 3))) == ({}, {})
+
+
+def test_kernels_of_one_size_that_are_added_or_multiplied_are_all_kernels():
+    for join in (jnp.add, jnp.multiply, lambda a, b: a * jax.nn.sigmoid(b)):
+        axes, costs = axes_and_costs(
+            lambda p, x, join=join: x @ join(p["a"], p["b"]).T,
+            {"a": TALL, "b": TALL},
+            FIVE,
+        )
+        assert axes == {"a": ["oi"], "b": ["oi"]}
+        assert costs == {"a": 5, "b": 5}
+
+
+def test_a_leaf_of_its_own_name_that_no_product_reads_is_asked_for():
+    def model(p, x):
+        return x * p["mlp"]["kernel"].sum()
+
+    params = {"mlp": {"kernel": TALL}}
+    with pytest.raises(ValueError, match=r"'mlp/kernel'.*no product.*layout="):
+        st3jax.layouts(model, params, FIVE)
+    named = {"Dense_0": {"kernel": TALL}}
+    found = st3jax.layouts(lambda p, x: x, named, FIVE)
+    assert found == {"Dense_0/kernel": "io"}

@@ -204,6 +204,50 @@ def test_finalize_of_nnx_tells_as_well():
         st3jax.nnx.finalize(sparse, optimizer)
 
 
+def test_scaled_and_reordered_weights_are_told():
+    """A factor of two adds the same to the bits of each weight, which may wrap."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+    stack = {
+        "kernel": params["kernel"].reshape(4, 32, 32)
+        * jnp.arange(1.0, 5)[:, None, None]
+    }
+    layout = {"kernel": "sio"}
+    tx = {
+        "one": (st3jax.st3(SGD, SPARSITY), params, lambda w: 2 * w),
+        "half": (st3jax.st3(SGD, SPARSITY), params, lambda w: 0.5 * w),
+        "stack": (
+            st3jax.st3(SGD, SPARSITY, distribution="uniform", layout=layout),
+            stack,
+            lambda w: w[::-1],
+        ),
+    }
+    for method, weights, change in tx.values():
+        still = jax.tree.map(jnp.zeros_like, weights)
+        _, opt_state = jax.jit(method.update)(still, method.init(weights), weights)
+        st3jax.finalize(weights, opt_state)
+        with pytest.raises(ValueError, match="last seen"):
+            st3jax.finalize(jax.tree.map(change, weights), opt_state)
+
+
+def test_a_skipped_step_that_turns_minus_zero_is_no_other_step():
+    params = {"kernel": jnp.array([[-0.0, 1.0, 2.0, 3.0]])}
+    tx = optax.apply_if_finite(st3jax.st3(SGD, 0.5), 3)
+    opt_state = tx.init(params)
+    for slope in (0.0, float("nan")):
+        grads = {"kernel": jnp.full((1, 4), slope)}
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert zeros(st3jax.finalize(params, opt_state)) == 2
+
+
+def test_zeros_that_are_held_are_told_from_dense_weights():
+    sparse = st3jax.prune(network(), SPARSITY)
+    opt_state = st3jax.hold_zeros(SGD).init(sparse)
+    assert zeros(st3jax.finalize(sparse, opt_state)) == ASKED
+    with pytest.raises(ValueError, match="last seen"):
+        st3jax.finalize(network(), opt_state)
+
+
 def test_nothing_is_told_while_nothing_is_asked_for():
     tx = st3jax.st3(SGD, st3jax.polynomial_ramp(SPARSITY, 20, 30))
     _, opt_state = train(tx)

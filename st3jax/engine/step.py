@@ -139,7 +139,7 @@ def sparse_transform(
         if not hasattr(state, "seen"):  # what is zero is told by the weights alone
             return updates, landed
         stepped = optax.apply_updates(params, updates)
-        seen = fingerprint(state.per_leaf, stepped, landed.frozen, axis_name)
+        seen = fingerprint(landed, stepped, landed.frozen, axis_name)
         fixed = state.frozen & landed.frozen  # the zeros stay those of that step
         return updates, landed._replace(seen=jnp.where(fixed, state.seen, seen))
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 
 from st3jax.layout.letters import stack_shape
 
-__all__ = ["readings"]
+__all__ = ["is_layer", "readings"]
 
 Shape = tuple[int, ...]
 STACKS = ("layer", "layers", "block", "blocks", "stage", "stages", "expert", "experts")
 """Logical names of axes that stack kernels."""
+EMBED = ("embed", "embedding", "embed_dim", "model", "d_model", "hidden")
+"""Logical names of the axis that a query sums over."""
 HEADS = ("heads", "head", "num_heads", "q_heads", "kv_heads")
 """Logical names of the axis that attention heads lie on."""
 
@@ -42,6 +44,8 @@ def readings(
     """
     shape, parent = shapes[path], path.rpartition("/")[0]
     named = [axis for axis, name in enumerate(axis_names) if name in STACKS]
+    if len(shape) - len(named) < 2:  # the name is that of a mesh's axis, say
+        named = []
     left = [axis for axis in range(len(shape)) if axis not in named]
     bias = shapes.get(f"{parent}/bias" if parent else "bias")
 
@@ -58,6 +62,18 @@ def readings(
         fits,
     )
     return tuple(map(whole, inner))
+
+
+def is_layer(path: str) -> bool:
+    """Whether a leaf lies in a layer by one of Flax's own names.
+
+    Example:
+        >>> is_layer("block/Dense_0/kernel"), is_layer("block/mlp/kernel")
+        (True, False)
+    """
+    layer = path.split("/")[-2:-1]
+    own = r"(Dense|Conv|ConvTranspose)_\d+|query|key|value|out"
+    return bool(layer and re.fullmatch(own, layer[0]))
 
 
 def _with_stacks(letters: str, stacked: list[int], ndim: int) -> str:
@@ -81,8 +97,9 @@ def _of_kernel(
         return ("oi",) if fits("oi") and not fits("io") else ("io",)
     heads = [axis for axis, own in enumerate(axis_names) if own in HEADS]
     if len(shape) == 3 and heads in ([0], [1]):
-        return ("iio",) if heads == [0] else ("ioo",)
-    named, possible = _by_name(parent, shapes, len(shape)), _possible(len(shape))
+        split = "oio" if axis_names[1] in EMBED else "iio"
+        return (split,) if heads == [0] else ("ioo",)
+    named, possible = _by_name(parent, shapes, shape), _possible(len(shape))
     for likely in named:
         fitting = tuple(filter(fits, likely))
         if fitting:
@@ -117,10 +134,10 @@ def _parts(path: str) -> tuple[str, str]:
 
 
 def _by_name(
-    parent: str, shapes: Mapping[str, Shape], ndim: int
+    parent: str, shapes: Mapping[str, Shape], shape: Shape
 ) -> tuple[tuple[str, ...], ...]:
     """What the name of a layer says, and what it may say if the bias denies that."""
-    layer = re.sub(r"_\d+$", "", parent.rpartition("/")[2])
+    layer, ndim = re.sub(r"_\d+$", "", parent.rpartition("/")[2]), len(shape)
     if layer == "Dense":
         return (("s" * (ndim - 2) + "io",),)
     if layer in ("query", "key", "value", "out") and _is_attention(parent, shapes):
@@ -130,6 +147,8 @@ def _by_name(
         plain, stacked = window + "io", "s" + window[1:] + "io"
         swapped = (window + "oi",) * (layer == "ConvTranspose")
         likely = (plain,) if ndim < 5 else (plain, stacked)
+        if ndim == 4 and shape[0] not in (1, shape[1]):  # may be a stack as well
+            likely = (plain, stacked)
         return likely, (stacked, *swapped)
     return ()
 

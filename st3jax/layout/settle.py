@@ -32,9 +32,10 @@ MEANING = {
 ENOUGH = {
     "kernels": str.maketrans("wio", "ooo"),
     "channels": str.maketrans("w", "i"),
+    "groups": str.maketrans("wo", "ss"),
     "axes": {},
 }
-"""What has to be told apart: only what is stacked, what is averaged, or every axis."""
+"""What has to be told apart: what is stacked, what is averaged, inputs, or all axes."""
 
 
 def settle(
@@ -51,7 +52,7 @@ def settle(
         layout: What somebody said: from path, where ``*`` stands for any text, to
             letters; the first that matches counts.
         needs: What depends on layouts, in words, and how far: ``"kernels"``,
-            ``"channels"`` or ``"axes"``.
+            ``"channels"``, ``"groups"`` or ``"axes"``.
 
     Returns:
         From path to letters. A leaf that nothing settles has its likeliest reading if

@@ -10,12 +10,14 @@ import optax
 from st3jax.checks import is_concrete
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask
+from st3jax.fingerprint import fingerprint, first_fingerprint
 from st3jax.layout.letters import Layouts
 from st3jax.selection.keys import to_key
 from st3jax.trees import (
     Prunable,
     check_same_structure,
     is_kernel,
+    is_placeholder,
     map_where_prunable,
     per_leaf_tree,
 )
@@ -29,12 +31,19 @@ class HoldState(NamedTuple):
     Attributes:
         count: int32 [], completed steps.
         held: bool [], true, for each prunable leaf; ``optax.MaskedNode`` elsewhere.
+        seen: int32 [], the zeros that are held; see :func:`st3jax.finalize`.
         inner_state: State of the wrapped optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     held: Any
+    seen: jax.Array
     inner_state: optax.OptState
+
+    @property
+    def frozen(self) -> jax.Array:
+        """Whether the mask is fixed: always."""
+        return jnp.ones([], bool)
 
     @property
     def per_leaf(self) -> Any:
@@ -93,7 +102,12 @@ def hold_zeros(
 
     def init(leaves: dict[str, Any], _: Layouts, params: optax.Params) -> HoldState:
         held = {path: jnp.ones([], bool) for path in leaves}
-        return HoldState(first_count(), per_leaf_tree(params, held), None)
+        none = first_fingerprint()
+        state = HoldState(first_count(), per_leaf_tree(params, held), none, None)
+        arrays = all(isinstance(w, jax.Array | np.ndarray) for w in leaves.values())
+        if is_placeholder(params) or not arrays:
+            return state
+        return state._replace(seen=fingerprint(state, params, state.frozen))
 
     def gradients(state: HoldState, grads: Any, params: Any) -> tuple[Any, HoldState]:
         """Those of all weights but zeros."""

@@ -60,7 +60,8 @@ class Rule(NamedTuple):
         """What depends on layouts, and how far; see :func:`st3jax.layout.settle`."""
         needs = {}
         if self.pattern.kind != "any":
-            needs[str(self.pattern)] = "axes"
+            groups = self.pattern.kind == "groups"
+            needs[str(self.pattern)] = "groups" if groups else "axes"
         if self.criterion == "l1_sigma":
             needs["criterion 'l1_sigma'"] = "axes"
         if self.distribution == "erk":

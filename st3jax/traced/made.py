@@ -16,6 +16,7 @@ __all__ = [
     "combined",
     "embedded",
     "embedded_share",
+    "equals",
     "fitted",
     "forgotten",
     "inserted",
@@ -258,6 +259,27 @@ def largest(made: Sequence[Made]) -> Made:
     if any(_readings(one) != _readings(best) for one in rivals):
         return forgotten(best, shape_of(best.parts[0]))
     return best
+
+
+def equals(made: Sequence[Made]) -> Made:
+    """What an array computed from others weight by weight is: the largest, or several.
+
+    Parameters of one size that are added or multiplied, such as the two parts of
+    complex weights, or weights and their mask, are all kernels.
+
+    Example:
+        >>> a, b = parameter("a", (2, 3)), parameter("b", (2, 3))
+        >>> [part.path for part in equals([b, a]).parts]
+        ['a', 'b']
+    """
+    best = largest(made)
+    size, known, paths = _place(best)
+    alike = {
+        tuple(_place(one)[2]): one for one in made if _place(one)[:2] == (size, known)
+    }
+    others = [one for own, one in sorted(alike.items()) if not {*own} & {*paths}]
+    parts = (*best.parts, *(part for one in others for part in one.parts))
+    return best._replace(parts=merged(parts))
 
 
 def settled(before: Value, after: Value) -> Value:

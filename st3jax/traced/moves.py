@@ -1,5 +1,6 @@
 """Where the axes of a parameter go when an array is moved, cut, joined or reduced."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from st3jax.traced.made import (
     axes_of,
     blank,
     embedded,
+    equals,
     fitted,
     forgotten,
     inserted,
@@ -49,7 +51,8 @@ def moved(
         return [_looked_up(given[0], name, params, shape) for shape in shapes]
     made = [value for value in given if value is not None]
     if len(made) < len(given):
-        return [None for _ in shapes]
+        alone = name not in {*JOINS, *MOVES, *TAKES}
+        return [_touched(made, shape) if alone else None for shape in shapes]
     looked_up = any(one.looked_up for one in made)
     results = (_result(name, made, params, shape) for shape in shapes)
     return [result._replace(looked_up=looked_up) for result in results]
@@ -63,9 +66,24 @@ def _result(name: str, made: list[Made], params: dict[str, Any], shape: Shape) -
         parts = (MOVES[name](part, params, shape) for part in made[0].parts)
         result = Made(tuple(parts))
     else:
-        result = largest(made)
+        result = equals(made)
     fits = all(shape_of(part) == shape for part in result.parts)
     return result if fits else forgotten(result, shape)
+
+
+def _touched(made: list[Made], shape: Shape) -> Value:
+    """A whole kernel that inputs scale or mask, weight by weight, is a kernel still."""
+    result = largest(made)
+    whole = bool(result.parts) and all(
+        shape_of(part) == shape and _is_whole(part) for part in result.parts
+    )
+    return result._replace(looked_up=True) if whole else None
+
+
+def _is_whole(part: Part) -> bool:
+    """Whether nothing of it is repeated, and two axes or more are left."""
+    large = [dim for dim in part.dims if math.prod(atom.size for atom in dim) > 1]
+    return len(large) > 1 and all(axes_of([dim]) for dim in large)
 
 
 def _looked_up(made: Made, name: str, params: dict[str, Any], shape: Shape) -> Value:
