@@ -27,7 +27,7 @@ def first_fingerprint() -> jax.Array:
 def fingerprint(
     state: Any, params: Any, frozen: jax.Array, axis_name: AxisName = None
 ) -> jax.Array:
-    """The sum of the scrambled bits of all prunable weights, or of those not zero.
+    """The sum of the bit patterns of all prunable weights, or of those not zero.
 
     Integers wrap, so that the sum is the same in any order, on any devices. Once the
     mask is fixed it is the zeros that count, whatever the other weights are. Leaves
@@ -62,21 +62,16 @@ NONE = Static(())
 def _of_leaf(w: jax.Array, frozen: jax.Array, layout: str) -> jax.Array:
     """Of the kernels that a layout tells apart, each times an odd factor."""
     bits = lax.bitcast_convert_type(w, jnp.dtype(f"int{8 * w.dtype.itemsize}"))
+    # Exponents once more: those of 512 weights times two would wrap to the same.
+    exponents = (bits >> jnp.finfo(w.dtype).nmant).astype(jnp.int32)
     if bits.dtype == jnp.int64:
-        bits ^= bits >> 32
-    kept, bits = to_key(w) != 0, bits.astype(jnp.int32)
-    bits = (
-        bits ^ (bits >> 15)
-    ) * SCRAMBLE  # or scaled weights could add up to the same
-    bits = jnp.where(frozen, 1, bits ^ (bits >> 13))
-    named = jnp.where(kept, bits, 0)
+        bits += bits >> 32
+    number = jnp.where(frozen, 1, bits.astype(jnp.int32) + exponents)
+    named = jnp.where(to_key(w) != 0, number, 0)
     within = tuple(axis for axis in range(w.ndim) if layout[axis : axis + 1] != "s")
     each = jnp.sum(named, within, dtype=jnp.int32).reshape(-1)
     factors = 2 * np.arange(each.size, dtype=np.int32) + 1
     return jnp.sum(each * factors, dtype=jnp.int32)
-
-
-SCRAMBLE = np.int32(0x2C1B3C6D)
 
 
 def is_seen(state: Any, params: Any) -> bool:
