@@ -222,6 +222,8 @@ def final_of(options):
 @functools.cache
 def view(path, items, soft, rescale):
     options = dict(items)
+    if path == "Conv_0/kernel":
+        options["layout"] = {path: "wwio"}
     tx = st3jax.st3(SGD, final_of(options), soft=soft, rescale=rescale, **options)
 
     def effective(w, t):

@@ -12,7 +12,6 @@ from training import stand_in
 import digits_st3
 import st3jax
 from job import steps
-from job.costs import Kernels
 from job.optimizers import make_optimizer
 from job.rates import learning_rate, total_steps
 from job.settings import settle
@@ -43,9 +42,7 @@ def configure(**fields):
 
 
 def make_state(config):
-    return steps.create_train_state(
-        config, Small(), make_optimizer(config, 4, Kernels({}, {}))
-    )
+    return steps.create_train_state(config, Small(), make_optimizer(config, 4, {}))
 
 
 def make_batch(seed, size=8):

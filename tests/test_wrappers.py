@@ -161,9 +161,6 @@ METHODS = {
     "by path": st3jax.st3(SGD, {"*": RAMP}),
     "str_": st3jax.str_(SGD, threshold_optimizer=optax.sgd(0.1), initial=0.0),
     "uniform": st3jax.gmp(SGD, RAMP, distribution="uniform"),
-    "rigl": st3jax.rigl(
-        SGD, 0.5, key=jax.random.key(2), total_steps=40, update_every=3
-    ),
 }
 
 

@@ -78,7 +78,7 @@ def assemble(settings: Settings, data: sources.Data) -> Job:
     with _told("learning_rate"):
         jax.eval_shape(learning_rate(config, epoch), 0)
     with _told("sparsity"):
-        tx = make_optimizer(config, epoch, kernels)
+        tx = make_optimizer(config, epoch, kernels.costs, kernels.layouts)
         jax.eval_shape(tx.init, params)
     costs = kernels.costs
     return Job(config, settings.origins, data, model, costs, tx, epoch, steps)

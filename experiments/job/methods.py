@@ -9,7 +9,6 @@ import jax
 import optax
 
 import st3jax
-from job.costs import Kernels
 from job.rates import learning_rate
 
 __all__ = ["DENSE_WITHIN", "METHODS", "Method"]
@@ -22,9 +21,9 @@ class Method(NamedTuple):
     """A method.
 
     Attributes:
-        make: From an optimizer, the configuration, the steps of an epoch and what the
-            model says of its kernels to the optimizer of the whole run, gradient
-            clipping included.
+        make: From an optimizer, the configuration, the steps of an epoch, the costs of
+            weights and the layouts of kernels to the optimizer of the whole run,
+            gradient clipping included.
         fields: Those of ``config.sparsity`` that it has, beside all of the section that
             is called as it is.
     """
@@ -94,8 +93,10 @@ def _pattern(text: str) -> str | tuple[int, ...] | None:
     return text or None
 
 
-def _dense(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
-    del steps_per_epoch, kernels
+def _dense(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del steps_per_epoch, costs, layouts
     return _clipped(inner, config)
 
 
@@ -104,15 +105,17 @@ def _thresholded(
 ) -> Callable[..., Any]:
     """How a method with a threshold is made, with options of its own."""
 
-    def make(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+    def make(
+        inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+    ) -> Any:
         return method(
             _clipped(inner, config),
             _ramps(config, steps_per_epoch),
             prunable=_prunable(config),
             update_every=config.sparsity.update_every_steps,
             freeze_step=config.num_epochs * steps_per_epoch,
-            layout=kernels.layouts,
-            **_rule(config, kernels.costs),
+            layout=layouts,
+            **_rule(config, costs),
             **own(config),
         )
 
@@ -127,8 +130,10 @@ def _gmp_options(config: Any) -> dict[str, Any]:
     return {"sticky": config.gmp.sticky}
 
 
-def _lrr(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
-    del kernels
+def _lrr(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del costs, layouts
     return st3jax.lrr(
         _clipped(inner, config),
         config.sparsity.final,
@@ -138,8 +143,10 @@ def _lrr(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any
     )
 
 
-def _probmask(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
-    del kernels
+def _probmask(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del costs, layouts
     steps = config.num_epochs * steps_per_epoch
     rate = optax.cosine_decay_schedule(config.probmask.learning_rate, steps)
     return st3jax.probmask(
@@ -154,7 +161,10 @@ def _probmask(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -
     )
 
 
-def _granet(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+def _granet(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del costs
     return st3jax.granet(
         _clipped(inner, config),
         _ramp(config, steps_per_epoch, config.sparsity.final),
@@ -164,12 +174,15 @@ def _granet(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> 
         initial_sparsity=config.granet.initial,
         key=_key(config),
         prunable=_prunable(config),
-        layout=kernels.layouts,
+        layout=layouts,
         freeze_step=config.num_epochs * steps_per_epoch,
     )
 
 
-def _rigl(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+def _rigl(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del costs
     return st3jax.rigl(
         _clipped(inner, config),
         config.sparsity.final,
@@ -180,11 +193,14 @@ def _rigl(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> An
         end=config.rigl.end,
         distribution=config.sparsity.distribution,
         prunable=_prunable(config),
-        layout=kernels.layouts,
+        layout=layouts,
     )
 
 
-def _set(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+def _set(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
+    del costs
     return st3jax.set_(
         _clipped(inner, config),
         config.sparsity.final,
@@ -193,13 +209,16 @@ def _set(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any
         drop=config.set_.drop,
         distribution=config.sparsity.distribution,
         prunable=_prunable(config),
-        layout=kernels.layouts,
+        layout=layouts,
         freeze_step=config.num_epochs * steps_per_epoch,
     )
 
 
-def _str(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any:
+def _str(
+    inner: Any, config: Any, steps_per_epoch: int, costs: Any, layouts: Any = None
+) -> Any:
     """The sparsity emerges, from the decay of the thresholds' own numbers."""
+    del costs
     return st3jax.str_(
         _clipped(inner, config),
         threshold_optimizer=optax.chain(
@@ -211,7 +230,7 @@ def _str(inner: Any, config: Any, steps_per_epoch: int, kernels: Kernels) -> Any
         initial=config.str_.initial,
         freeze_step=config.num_epochs * steps_per_epoch,
         prunable=_prunable(config),
-        layout=kernels.layouts,
+        layout=layouts,
     )
 
 

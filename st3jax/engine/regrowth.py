@@ -19,7 +19,6 @@ from st3jax.checks import check_choice, check_steps
 from st3jax.engine.seeds import key_of, numbers_for
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import clear_state
-from st3jax.fingerprint import first_fingerprint
 from st3jax.layout.letters import (
     Layouts,
     each_kernel,
@@ -62,8 +61,6 @@ class RegrowthState(NamedTuple):
         masks: bool array of its shape for each prunable leaf, true where a weight is
             active; ``optax.MaskedNode`` elsewhere.
         frozen: bool [], whether the mask is fixed.
-        seen: int32 [], which weights the state has last seen; see
-            :func:`st3jax.finalize`.
         seed: uint32 [2], where random growth starts from.
         layouts: Static, from the path of each prunable leaf to what its axes are.
         inner_state: State of the wrapped optimizer, zero at inactive weights.
@@ -72,7 +69,6 @@ class RegrowthState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in Optax
     masks: Any
     frozen: jax.Array
-    seen: jax.Array
     seed: jax.Array
     layouts: Static
     inner_state: optax.OptState
@@ -233,7 +229,6 @@ def regrowth(
             count=first_count(),
             masks=masks,
             frozen=jnp.zeros([], bool),
-            seen=first_fingerprint(),
             # A copy, as states are donated.
             seed=jnp.zeros(2, jnp.uint32) if seed is None else jnp.array(seed),
             layouts=as_structure(layouts, params),

@@ -136,7 +136,7 @@ def sparse_transform(
         count = optax.safe_increment(state.count)
         state = state._replace(count=count, inner_state=inner_state)
         updates, landed = land(state, updates, params, given)
-        if not hasattr(state, "seen"):  # what is zero is told by the weights alone
+        if not hasattr(state, "seen"):  # its mask is there, whatever the weights are
             return updates, landed
         stepped = optax.apply_updates(params, updates)
         seen = fingerprint(landed, stepped, landed.frozen, axis_name)

@@ -33,9 +33,11 @@ ENOUGH = {
     "kernels": str.maketrans("wio", "ooo"),
     "channels": str.maketrans("w", "i"),
     "groups": str.maketrans("wo", "ss"),
+    "matrix": str.maketrans("w", "s"),
     "axes": {},
 }
-"""What has to be told apart: what is stacked, what is averaged, inputs, or all axes."""
+"""What has to be told apart: what is stacked, what is averaged, inputs, inputs and
+outputs, or all axes."""
 
 
 def settle(
@@ -52,7 +54,7 @@ def settle(
         layout: What somebody said: from path, where ``*`` stands for any text, to
             letters; the first that matches counts.
         needs: What depends on layouts, in words, and how far: ``"kernels"``,
-            ``"channels"``, ``"groups"`` or ``"axes"``.
+            ``"channels"``, ``"groups"``, ``"matrix"`` or ``"axes"``.
 
     Returns:
         From path to letters. A leaf that nothing settles has its likeliest reading if
@@ -158,8 +160,9 @@ def _check_paths(said: Mapping[str, str], paths: list[str]) -> None:
         within = pattern.startswith(f"{path}/")  # of a part that a wrapper has masked
         return within or _matches(path, pattern)
 
-    for pattern in said:
-        if not any(is_there(path, pattern) for path in paths):
+    for pattern in said:  # a whole model's layouts may be given for a part of it
+        told = "*" not in pattern and len(said) > 1
+        if not told and not any(is_there(path, pattern) for path in paths):
             listed = ", ".join(repr(path) for path in paths[:3])
             raise ValueError(
                 f"the path {pattern!r} of layout matches no parameter: there are "

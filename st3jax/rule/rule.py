@@ -60,8 +60,10 @@ class Rule(NamedTuple):
         """What depends on layouts, and how far; see :func:`st3jax.layout.settle`."""
         needs = {}
         if self.pattern.kind != "any":
+            flat = len(self.pattern.numbers) <= 2  # no side lies in the window
             groups = self.pattern.kind == "groups"
-            needs[str(self.pattern)] = "groups" if groups else "axes"
+            how = "groups" if groups else "matrix" if flat else "axes"
+            needs[str(self.pattern)] = how
         if self.criterion == "l1_sigma":
             needs["criterion 'l1_sigma'"] = "axes"
         if self.distribution == "erk":
