@@ -103,8 +103,8 @@ def test_ramps_and_fixing_happen_at_the_published_epochs(name, begin, end):
         state = tx.init(params)
         state = state._replace(count=jnp.array(round(epoch * 10) - 1, jnp.int32))
         zero = jax.tree.map(jnp.zeros_like, params)
-        _, state = update(zero, state, params)
-        sparse = st3jax.finalize(params, state)
+        updates, state = update(zero, state, params)
+        sparse = st3jax.finalize(optax.apply_updates(params, updates), state)
         return float(st3jax.summary(sparse).sparsity), state
 
     assert sparsity_after(begin)[0] == 0

@@ -236,7 +236,7 @@ def gradual(
         layouts = dict(state.layouts.value)
         selected = select(rule, leaves, layouts, params, s, before, needed=due)
         after = leaf_thresholds(rule, leaves, layouts, selected)
-        share = share_of_all(s, leaves)
+        share = share_of_all(s, leaves, rule.axis_name)
         if due is not True:
             after = {path: jnp.where(due, t, before[path]) for path, t in after.items()}
             share = jnp.where(due, share, state.sparsity)

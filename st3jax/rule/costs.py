@@ -11,7 +11,7 @@ from st3jax.checks import check_cost
 from st3jax.selection.tally import sharded_over
 from st3jax.trees import all_paths
 
-__all__ = ["Costs", "check_costs", "largest_share", "total_cost"]
+__all__ = ["Costs", "check_costs", "largest_share", "shards_of", "total_cost"]
 
 Costs = Mapping[str, int]
 """From the path of a leaf to the multiply-adds that one of its weights takes part in,
@@ -62,7 +62,7 @@ def total_cost(costs: Costs, leaves: Mapping[str, Any], axis_name: Any = None) -
         60
     """
     sizes = {
-        path: math.prod(jnp.shape(leaf)) * _shards(leaf, axis_name)
+        path: math.prod(jnp.shape(leaf)) * shards_of(leaf, axis_name)
         for path, leaf in leaves.items()
     }
     return sum(size * int(costs.get(path, 0)) for path, size in sizes.items())
@@ -81,8 +81,13 @@ def largest_share(
     return part / total_cost(costs, leaves, axis_name)
 
 
-def _shards(leaf: Any, axis_name: Any) -> int:
-    """Of how many shards this is one; outside of ``shard_map`` a leaf is whole."""
+def shards_of(leaf: Any, axis_name: Any) -> int:
+    """Of how many shards this is one; outside of ``shard_map`` a leaf is whole.
+
+    Example:
+        >>> shards_of(jnp.ones(3), None)
+        1
+    """
     try:
         return math.prod(map(lax.axis_size, sharded_over(leaf, axis_name)))
     except NameError:

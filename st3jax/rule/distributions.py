@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from st3jax.layout.letters import Layouts, kernel_shape, stack_shape
+from st3jax.rule.costs import shards_of
+from st3jax.selection.tally import AxisName
 from st3jax.selection.wide import wide
 
 __all__ = [
@@ -93,12 +95,15 @@ def _kernels(
 
 
 @wide
-def share_of_all(sparsity: Any, leaves: Mapping[str, Any]) -> jax.Array:
+def share_of_all(
+    sparsity: Any, leaves: Mapping[str, Any], axis_name: AxisName = None
+) -> jax.Array:
     """The share of all weights that is asked for, float32 [].
 
     Args:
         sparsity: Scalar in [0, 1], or a mapping from paths to such scalars.
         leaves: The prunable leaves by path.
+        axis_name: Axes of ``shard_map`` that weights are sharded over by hand.
 
     Example:
         >>> leaves = {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 1))}
@@ -107,7 +112,10 @@ def share_of_all(sparsity: Any, leaves: Mapping[str, Any]) -> jax.Array:
     """
     if not isinstance(sparsity, Mapping):
         return jnp.asarray(sparsity).astype(jnp.float32)
-    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    sizes = {
+        path: math.prod(jnp.shape(leaf)) * shards_of(leaf, axis_name)
+        for path, leaf in leaves.items()
+    }
     each = by_path({k: jnp.asarray(s) for k, s in sparsity.items()}, list(sizes))
     parts = [each[path].astype(jnp.float64) * size for path, size in sizes.items()]
     total = max(sum(sizes.values()), 1)
