@@ -8,13 +8,10 @@ nested it, and apply it.
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 
-from st3jax.fingerprint import is_seen
-from st3jax.selection.keys import to_key
-from st3jax.trees import check_same_structure, named_leaves
+from st3jax.fingerprint import check_seen
 
-__all__ = ["SparseState", "check_seen", "finalize", "find_state", "sparsify"]
+__all__ = ["SparseState", "finalize", "find_state", "sparsify"]
 
 
 Params = TypeVar("Params")
@@ -138,43 +135,3 @@ def finalize(params: Params, opt_state: Any) -> Params:
     weights = state.effective_params(params)
     check_seen(state, params, weights)
     return jax.lax.stop_gradient(weights)
-
-
-def check_seen(state: Any, params: Any, weights: Any) -> None:
-    """Raises if raw weights are others than those that a state has last seen.
-
-    Args:
-        state: State of a method; one that names no weights fits all.
-        params: The raw weights.
-        weights: What the state makes of them.
-
-    Raises:
-        ValueError: With what was asked for and what there is.
-    """
-    if not hasattr(state, "seen"):
-        return
-    check_same_structure(state.per_leaf, params)
-    asked = getattr(state, "sparsity", None)
-    if is_seen(state, params):
-        return
-    names = list(named_leaves(state.per_leaf))
-    before, after = named_leaves(params), named_leaves(weights)
-    zeros = sum(int(jnp.sum(to_key(after[name]) == 0)) for name in names)
-    total = sum(after[name].size for name in names)
-    same = all(bool(jnp.array_equal(before[name], after[name])) for name in names)
-    if asked is not None:
-        exact = float(asked) * (total - 1) + 1  # as selection counts, but for rounding
-        if (same and zeros >= exact - 1) or abs(
-            zeros - exact + 0.5
-        ) < 0.5 + 1e-6 * total:
-            return  # as sparse as was asked for
-    wanted = "" if asked is None else f", where {float(asked):.4g} was asked for"
-    raise ValueError(
-        "these weights are not those that the optimizer state has last seen: with it "
-        f"{zeros} of {total} prunable weights would be zero, a share of "
-        f"{zeros / total:.4g}{wanted}. Were they finalized already, averaged, scaled "
-        "or changed after the update, or are they of another step or model? What "
-        "changes updates or weights (optax.lookahead, schedule_free, scale) goes "
-        "inside, as st3(optax.lookahead(...), ...); an average gets its zeros by "
-        "st3jax.prune(average, sparsity)"
-    )

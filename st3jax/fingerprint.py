@@ -5,6 +5,7 @@ those, so that weights which are others are told apart before they are shipped.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from jax import lax
 
 from st3jax.selection.keys import to_key
 from st3jax.selection.tally import AxisName, sharded_over
-from st3jax.trees import Static, named_leaves
+from st3jax.trees import check_same_structure, named_leaves
 
-__all__ = ["fingerprint", "first_fingerprint", "is_seen"]
+__all__ = ["check_seen", "fingerprint", "first_fingerprint"]
 
 
 def first_fingerprint() -> jax.Array:
@@ -43,19 +44,14 @@ def fingerprint(
     Returns:
         int32 [].
     """
-    leaves, layouts = named_leaves(params), dict(getattr(state, "layouts", NONE).value)
-    total = first_fingerprint()
+    leaves, total = named_leaves(params), first_fingerprint()
     for i, (path, value) in enumerate(named_leaves(state.per_leaf).items()):
         w = leaves[path]
         apart = 0 < jnp.ndim(value) < jnp.ndim(w)
-        own = _of_leaf(w, frozen, layouts[path] if apart else "")
+        own = _of_leaf(w, frozen, dict(state.layouts.value)[path] if apart else "")
         axes = sharded_over(w, axis_name)
         total += (2 * i + 1) * (lax.psum(own, axes) if axes else own)
     return total
-
-
-NONE = Static(())
-"""Layouts of a state that has none."""
 
 
 @functools.partial(jax.jit, static_argnums=2)  # of leaves of one shape, traced once
@@ -74,17 +70,57 @@ def _of_leaf(w: jax.Array, frozen: jax.Array, layout: str) -> jax.Array:
     return jnp.sum(each * factors, dtype=jnp.int32)
 
 
-def is_seen(state: Any, params: Any) -> bool:
-    """Whether these are the weights that a state has last seen, as far as one can tell.
+def check_seen(state: Any, params: Any, weights: Any) -> None:
+    """Raises if raw weights are others than those that a state has last seen.
 
     Nothing can be told while a program is traced, of a batch of states, and of a state
-    that has seen none. Where no zeros were asked for, any weights will do.
+    that has seen no weights or names none. Others pass if no zeros were asked for, or
+    if they come out as sparse as was asked for.
+
+    Args:
+        state: State of a method.
+        params: The raw weights.
+        weights: What the state makes of them.
+
+    Raises:
+        ValueError: With what was asked for and what there is.
     """
+    if not hasattr(state, "seen"):
+        return
+    check_same_structure(state.per_leaf, params)
     asked = getattr(state, "sparsity", None)
+    if _is_seen(state, params) or (asked is not None and float(asked) == 0):
+        return
+    before, after = named_leaves(params), named_leaves(weights)
+    pairs = [(before[name], after[name]) for name in named_leaves(state.per_leaf)]
+    zeros = sum(int(jnp.sum(to_key(w) == 0)) for _, w in pairs)
+    total = sum(w.size for _, w in pairs)
+    same = all(bool(jnp.array_equal(*pair)) for pair in pairs)
+    if asked is not None and _is_as_sparse(zeros, total, float(asked), at_least=same):
+        return
+    wanted = "" if asked is None else f", where {float(asked):.4g} was asked for"
+    raise ValueError(
+        "these weights are not those that the optimizer state has last seen: with it "
+        f"{zeros} of {total} prunable weights would be zero, a share of "
+        f"{zeros / total:.4g}{wanted}. Were they finalized already, averaged, scaled "
+        "or changed after the update, or are they of another step or model? What "
+        "changes updates or weights (optax.lookahead, schedule_free, scale) goes "
+        "inside, as st3(optax.lookahead(...), ...); an average gets its zeros by "
+        "st3jax.prune(average, sparsity)"
+    )
+
+
+def _is_as_sparse(zeros: int, total: int, asked: float, *, at_least: bool) -> bool:
+    """Whether there are as many zeros as selection leaves, or more of them."""
+    rounding = 1e-6 * total  # the share that a state holds is float32
+    low = math.floor(asked * (total - 1) - rounding) + 1
+    high = math.floor(asked * (total - 1) + rounding) + 1
+    return low <= zeros and (at_least or zeros <= high)
+
+
+def _is_seen(state: Any, params: Any) -> bool:
     known = [state.seen, state.frozen, *jax.tree.leaves(params)]
-    if not all(_is_array(x) for x in known) or state.seen.ndim:
-        return True
-    if int(state.seen) == 0 or (asked is not None and float(asked) == 0):
+    if not all(map(_is_array, known)) or state.seen.ndim or int(state.seen) == 0:
         return True
     return int(fingerprint(state, params, state.frozen)) == int(state.seen)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from st3jax.layout.letters import Layouts
 from st3jax.layout.names import is_layer
-from st3jax.layout.settle import named_readings, said_of
+from st3jax.layout.settle import check_layout, named_readings, said_of
 from st3jax.traced import read_axes
 from st3jax.trees import Prunable, is_kernel, named_leaves, prunable_leaves
 
@@ -56,28 +56,32 @@ def layouts(
         >>> layouts(model, params, tokens, prunable=lambda path, leaf: True)
         {'query': 'ioo'}
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params).items()}
-    found = {path: said_of(path, layout) for path in shapes}
+    check_layout(layout)
     read = read_axes(fn, params, *inputs)
-    for path in shapes:
-        if found[path] is None and _is_told(read.get(path, [])):
-            found[path] = read[path][0]
-    for path in prunable_leaves(params, prunable):
-        if found[path] is None:
-            found[path] = _by_name(path, params, read.get(path, []))
-    return {path: letters for path, letters in found.items() if letters is not None}
+    leaves = prunable_leaves(params, prunable)
+    named, found = named_readings(leaves, params), {}
+    for path in named_leaves(params):
+        said, readings = said_of(path, layout), read.get(path, [])
+        if said is not None:
+            found[path] = said
+        elif _is_told(readings):
+            found[path] = readings[0]
+        elif path in leaves:
+            shape = jnp.shape(leaves[path])
+            found[path] = _by_name(path, shape, named[path], readings)
+    return found
 
 
 def _is_told(readings: list[str]) -> bool:
     return len(readings) == 1 and "?" not in readings[0]
 
 
-def _by_name(path: str, params: Any, readings: list[str]) -> str:
+def _by_name(
+    path: str, shape: tuple[int, ...], possible: tuple[str, ...], readings: list[str]
+) -> str:
     """What Flax's names say of a leaf that the computation says nothing of."""
-    possible = named_readings(path, params)
     if not readings and len(possible) == 1 and is_layer(path):
         return possible[0]
-    shape = jnp.shape(named_leaves(params)[path])
     ways = " and ".join(repr(letters) for letters in readings)
     what = (
         f"is used in {len(readings)} ways, as {ways}"

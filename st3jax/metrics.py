@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st3jax.base import check_seen, find_state
+from st3jax.base import find_state
+from st3jax.fingerprint import check_seen
 from st3jax.layout.letters import Layouts
 from st3jax.layout.settle import settle
 from st3jax.selection.keys import to_key

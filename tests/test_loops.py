@@ -49,6 +49,24 @@ class State(TrainState):
     batch_stats: dict
 
 
+def trained(tx, params, loss_fn):
+    """A loop over plain pytrees: weights, state and losses at the end."""
+    opt_state, losses = tx.init(params), []
+
+    @jax.jit
+    def step(params, opt_state):
+        loss, grads = jax.value_and_grad(
+            lambda params: loss_fn(st3jax.sparsify(params, opt_state))
+        )(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for _ in range(STEPS):
+        params, opt_state, loss = step(params, opt_state)
+        losses.append(float(loss))
+    return params, opt_state, losses
+
+
 @pytest.mark.parametrize("parallel", [False, True], ids=["jit", "pmap"])
 def test_a_linen_loop_with_a_penalty_on_the_raw_weights(parallel):
     model = Classifier()
@@ -257,19 +275,7 @@ def test_weights_that_are_stored_out_in_and_functions_among_them():
     layout = st3jax.layouts(apply_fn, params, TOKENS, prunable=is_weight)
     assert layout["1/weight"] == layout["3/weight"] == "oi"
     tx = st3jax.st3(optax.adam(0.02), RAMP, prunable=is_weight, layout=layout)
-    opt_state, losses = tx.init(params), []
-
-    @jax.jit
-    def make_step(params, opt_state):
-        loss, grads = jax.value_and_grad(
-            lambda params: loss_fn(st3jax.sparsify(params, opt_state))
-        )(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    for _ in range(STEPS):
-        params, opt_state, loss = make_step(params, opt_state)
-        losses.append(float(loss))
+    params, opt_state, losses = trained(tx, params, loss_fn)
     weights = st3jax.finalize(params, opt_state)
     assert jnp.array_equal(weights[0]["weight"], params[0]["weight"])
     check(weights, losses, float(loss_fn(weights)), prunable=is_weight, layout=layout)
@@ -294,21 +300,10 @@ def test_a_list_of_variables_with_their_paths_as_names():
         st3jax.st3(optax.sgd(0.1), RAMP).init(variables)
     params = dict(zip(paths, variables, strict=True))
     tx = st3jax.st3(optax.sgd(0.3, momentum=0.9), RAMP)
-    opt_state, losses = tx.init(params), []
 
     def loss_fn(w):
         return cross_entropy(stateless_call([w[path] for path in paths], X), LABELS)
 
-    @jax.jit
-    def train_step(params, opt_state):
-        loss, grads = jax.value_and_grad(
-            lambda params: loss_fn(st3jax.sparsify(params, opt_state))
-        )(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    for _ in range(STEPS):
-        params, opt_state, loss = train_step(params, opt_state)
-        losses.append(float(loss))
+    params, opt_state, losses = trained(tx, params, loss_fn)
     weights = st3jax.finalize(params, opt_state)
     check(weights, losses, float(loss_fn(weights)))

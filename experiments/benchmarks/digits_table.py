@@ -13,9 +13,8 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
-from harness import run_main
+from harness import run_main, seeds_row
 
 import digits_st3
 import train
@@ -65,15 +64,7 @@ def markdown() -> str:
         own = [reports[row, seed] for seed in SEEDS]
         percents = [100 * report["test_accuracy"] for report in own]
         zeros = {report["weights"] - report["nonzero_weights"] for report in own}
-        cells = [
-            row,
-            " / ".join(f"{zero:,}" for zero in sorted(zeros)),
-            f"**{np.mean(percents):.2f}**",
-            f"{min(percents):.2f}",
-            f"{max(percents):.2f}",
-            f"{np.std(percents, ddof=1):.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(seeds_row(row, zeros, percents))
     return "\n".join(lines) + "\n"
 
 

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import app, logging
 
-__all__ = ["EXPERIMENTS", "run_main"]
+__all__ = ["EXPERIMENTS", "run_main", "seeds_row"]
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent
 """Where ``train.py`` and the configurations are."""
@@ -24,3 +25,16 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
     """Parses the flags and calls ``main`` with what is left of the command line."""
     logging.set_verbosity(logging.ERROR)
     app.run(main)
+
+
+def seeds_row(name: str, zeros: set[int], percents: list[float]) -> str:
+    """A row of Markdown: zeros, then mean, least, largest and deviation over seeds."""
+    cells = [
+        name,
+        " / ".join(f"{zero:,}" for zero in sorted(zeros)),
+        f"**{np.mean(percents):.2f}**",
+        f"{min(percents):.2f}",
+        f"{max(percents):.2f}",
+        f"{np.std(percents, ddof=1):.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"

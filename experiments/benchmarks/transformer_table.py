@@ -12,8 +12,7 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
-from harness import run_main
+from harness import run_main, seeds_row
 
 import transformer
 
@@ -40,15 +39,8 @@ def markdown() -> str:
     for sparsity in SPARSITIES:
         ends = [run(sparsity, seed) for seed in SEEDS]
         percents = [100 * end["accuracy"] for end in ends]
-        cells = [
-            f"ST-3, {100 * sparsity:.0f} %" if sparsity else "dense",
-            " / ".join(sorted({f"{end['zeros']:,}" for end in ends})),
-            f"**{np.mean(percents):.2f}**",
-            f"{min(percents):.2f}",
-            f"{max(percents):.2f}",
-            f"{np.std(percents, ddof=1):.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        name = f"ST-3, {100 * sparsity:.0f} %" if sparsity else "dense"
+        lines.append(seeds_row(name, {end["zeros"] for end in ends}, percents))
     return "\n".join(lines) + "\n"
 
 

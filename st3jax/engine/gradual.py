@@ -19,7 +19,7 @@ from st3jax.engine.step import first_count, sparse_transform, where
 from st3jax.engine.updates import clear_state, hold_mask, step_onto
 from st3jax.fingerprint import first_fingerprint
 from st3jax.layout.letters import Layouts, broadcast
-from st3jax.layout.settle import as_structure
+from st3jax.layout.settle import as_structure, on_weights
 from st3jax.rule.distributions import share_of_all
 from st3jax.rule.patterns import Pattern, spread
 from st3jax.rule.rule import Rule, check_fits, check_schedules
@@ -124,15 +124,6 @@ class ThresholdState(NamedTuple):
             return ops.straight_through(w, seen)
 
         return map_named(effective, self.thresholds, params)
-
-    def on_weights(self) -> Any:
-        """The thresholds, in shapes that broadcast to the weights."""
-        layouts = dict(self.layouts.value)
-        return map_named(
-            lambda path, t, _: broadcast(t, layouts[path]),
-            self.thresholds,
-            self.thresholds,
-        )
 
 
 def gradual(
@@ -252,7 +243,9 @@ def gradual(
                 hold |= state.frozen
             return hold_mask(w, u, hold)
 
-        return map_where_prunable(held, state.on_weights(), updates, params)
+        return map_where_prunable(
+            held, on_weights(state.thresholds, state.layouts), updates, params
+        )
 
     def remove(
         state: ThresholdState, updates: Any, params: Any, stepped: Any
@@ -271,7 +264,7 @@ def gradual(
             return updates, state
         kept = map_where_prunable(
             lambda t, w: (to_key(w) != 0) | ~is_positive(t),
-            state.on_weights(),
+            on_weights(state.thresholds, state.layouts),
             optax.apply_updates(params, updates),
         )
         inner_state = clear_state(state.inner_state, kept)

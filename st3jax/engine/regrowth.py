@@ -25,13 +25,12 @@ from st3jax.layout.letters import (
     from_kernels,
     stack_shape,
     to_kernels,
-    whole,
 )
 from st3jax.layout.settle import as_structure
 from st3jax.rule.distributions import layer_sparsities
 from st3jax.selection.keys import choose, from_key, score_dtype, to_key, widened
 from st3jax.selection.quantile import threshold
-from st3jax.selection.ranking import largest
+from st3jax.selection.ranking import largest, whole
 from st3jax.selection.wide import wide
 from st3jax.trees import (
     Prunable,

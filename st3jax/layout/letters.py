@@ -18,17 +18,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec as P
+
+from st3jax.selection.ranking import whole
 
 __all__ = [
     "Layouts",
     "broadcast",
     "each_kernel",
     "from_kernels",
+    "kernel_order",
     "kernel_shape",
     "stack_shape",
     "to_kernels",
-    "whole",
 ]
 
 Layouts = Mapping[str, str]
@@ -72,8 +73,13 @@ def kernel_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return _sizes(layout, shape, "w") + joined
 
 
-def _order(layout: str) -> list[int]:
-    """The axes in the order of a kernel: stacked, window, inputs, outputs."""
+def kernel_order(layout: str) -> list[int]:
+    """The axes in the order of a kernel: stacked, window, inputs, outputs.
+
+    Example:
+        >>> kernel_order("oiww")
+        [2, 3, 1, 0]
+    """
     return sorted(range(len(layout)), key=lambda axis: "swio".index(layout[axis]))
 
 
@@ -85,9 +91,9 @@ def to_kernels(x: jax.Array, layout: str) -> jax.Array:
         (768, 768)
     """
     shape = stack_shape(layout, x.shape) + kernel_shape(layout, x.shape)
-    if _order(layout) == list(range(x.ndim)) and shape == x.shape:
+    if kernel_order(layout) == list(range(x.ndim)) and shape == x.shape:
         return x
-    return whole(x).transpose(_order(layout)).reshape(shape)
+    return whole(x).transpose(kernel_order(layout)).reshape(shape)
 
 
 def from_kernels(x: jax.Array, layout: str, like: jax.Array) -> jax.Array:
@@ -98,7 +104,7 @@ def from_kernels(x: jax.Array, layout: str, like: jax.Array) -> jax.Array:
         >>> from_kernels(to_kernels(like, "iio"), "iio", like).shape
         (12, 64, 768)
     """
-    order = _order(layout)
+    order = kernel_order(layout)
     if order == list(range(like.ndim)) and x.shape == like.shape:
         return _placed_as(x, like)
     split = x.reshape([like.shape[axis] for axis in order])
@@ -143,14 +149,3 @@ def broadcast(values: jax.Array, layout: str) -> jax.Array:
         return values
     sizes = iter(values.shape)
     return values.reshape([next(sizes) if letter == "s" else 1 for letter in layout])
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """The array on every device, where the way it is sharded is part of its type.
-
-    Example:
-        >>> whole(jax.numpy.ones((2, 3))).shape
-        (2, 3)
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.sharding.reshard(x, P()) if mesh.explicit_axes else x

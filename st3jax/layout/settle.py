@@ -1,7 +1,7 @@
 """Which layout each prunable leaf has: as somebody said, else as Flax's names say."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,18 +10,26 @@ from flax import nnx
 from flax.core import meta
 
 from st3jax.checks import as_mapping
-from st3jax.layout.letters import Layouts
+from st3jax.layout.letters import Layouts, broadcast
 from st3jax.layout.names import readings
 from st3jax.trees import (
     Static,
     all_paths,
     is_boxed,
     is_placeholder,
+    map_named,
     named_leaves,
     path_name,
 )
 
-__all__ = ["as_structure", "check_layout", "named_readings", "said_of", "settle"]
+__all__ = [
+    "as_structure",
+    "check_layout",
+    "named_readings",
+    "on_weights",
+    "said_of",
+    "settle",
+]
 
 MEANING = {
     "s": "stacked kernels",
@@ -61,8 +69,9 @@ def settle(
         nothing depends on which.
 
     Raises:
-        ValueError: If letters do not fit a leaf, if a path matches no parameter, or if
-            nothing settles what a result depends on.
+        ValueError: If letters do not fit a leaf, if a path matches no parameter (of
+            several full paths, as a whole model's layouts have, some may be missing),
+            or if nothing settles what a result depends on.
         TypeError: If ``layout`` is not a mapping to texts.
 
     Example:
@@ -74,13 +83,12 @@ def settle(
         return dict.fromkeys(leaves, "")
     check_layout(layout)
     _check_paths(as_mapping(layout) or {}, all_paths(params))
-    found = {}
+    found, named = {}, named_readings(leaves, params)
     for path, leaf in leaves.items():
         letters = said_of(path, layout)
         if letters is None:
-            possible = named_readings(path, params)
-            _check_settled(path, jnp.shape(leaf), possible, needs)
-            letters = possible[0]
+            _check_settled(path, jnp.shape(leaf), named[path], needs)
+            letters = named[path][0]
         _check_letters(path, jnp.shape(leaf), letters)
         found[path] = letters
     return found
@@ -97,15 +105,17 @@ def said_of(path: str, layout: Layouts | None) -> str | None:
     return next((said[pattern] for pattern in said if _matches(path, pattern)), None)
 
 
-def named_readings(path: str, params: Any) -> tuple[str, ...]:
-    """The layouts that a leaf may have by the names of its tree and of its axes.
+def named_readings(paths: Iterable[str], params: Any) -> dict[str, tuple[str, ...]]:
+    """The layouts that leaves may have by the names of their tree and of their axes.
 
     Example:
-        >>> named_readings("Dense_0/kernel", {"Dense_0": {"kernel": jnp.ones((2, 3))}})
-        ('io',)
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}}
+        >>> named_readings(["Dense_0/kernel"], params)
+        {'Dense_0/kernel': ('io',)}
     """
     shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params).items()}
-    return readings(path, shapes, _logical_names(params).get(path, ()))
+    logical = _logical_names(params)
+    return {path: readings(path, shapes, logical.get(path, ())) for path in paths}
 
 
 def as_structure(layouts: Layouts, params: Any) -> Any:
@@ -121,6 +131,18 @@ def as_structure(layouts: Layouts, params: Any) -> Any:
     if is_placeholder(params):
         return jnp.zeros([])
     return Static(tuple(layouts.items()))
+
+
+def on_weights(values: Any, layouts: Static) -> Any:
+    """A tree of values of kernels, in shapes that broadcast to the weights.
+
+    Example:
+        >>> on_weights({"kernel": jnp.ones(6)}, Static((("kernel", "sio"),)))[
+        ...     "kernel"].shape
+        (6, 1, 1)
+    """
+    letters = dict(layouts.value)
+    return map_named(lambda path, x, _: broadcast(x, letters[path]), values, values)
 
 
 def check_layout(layout: Any) -> None:

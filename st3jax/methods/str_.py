@@ -16,16 +16,16 @@ from st3jax.checks import check_steps, is_concrete
 from st3jax.engine.step import first_count, sparse_transform
 from st3jax.engine.updates import hold_mask, step_onto
 from st3jax.fingerprint import first_fingerprint
-from st3jax.layout.letters import Layouts, broadcast, stack_shape, whole
-from st3jax.layout.settle import as_structure
+from st3jax.layout.letters import Layouts, broadcast, stack_shape
+from st3jax.layout.settle import as_structure, on_weights
 from st3jax.selection.keys import to_key
+from st3jax.selection.ranking import whole
 from st3jax.trees import (
     Prunable,
     Static,
     check_same_structure,
     in_place_of,
     is_kernel,
-    map_named,
     map_where_prunable,
     named_leaves,
     per_leaf_tree,
@@ -71,15 +71,8 @@ class STRState(NamedTuple):
             t = jnp.where(self.frozen, 0, jax.nn.sigmoid(v))
             return ops.soft_threshold(w, t)
 
-        return map_where_prunable(effective, self.on_weights(), params)
-
-    def on_weights(self) -> Any:
-        """The learned numbers, in shapes that broadcast to the weights."""
-        layouts = dict(self.layouts.value)
-        return map_named(
-            lambda path, v, _: broadcast(v, layouts[path]),
-            self.thresholds,
-            self.thresholds,
+        return map_where_prunable(
+            effective, on_weights(self.thresholds, self.layouts), params
         )
 
 
@@ -192,7 +185,9 @@ def str_(
             kept = jnp.where(state.frozen, to_key(w) != 0, _reaches(v, w))
             return jnp.where(kept, g, jnp.zeros_like(g))
 
-        grads = map_where_prunable(reaching, state.on_weights(), grads, params)
+        grads = map_where_prunable(
+            reaching, on_weights(state.thresholds, state.layouts), grads, params
+        )
         state = state._replace(thresholds=thresholds, threshold_state=threshold_state)
         return grads, state
 

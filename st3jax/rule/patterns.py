@@ -28,6 +28,7 @@ from st3jax.layout.letters import (
     Layouts,
     broadcast,
     from_kernels,
+    kernel_order,
     kernel_shape,
     to_kernels,
 )
@@ -241,8 +242,7 @@ def _sides(pattern: Pattern, layout: str) -> tuple[int, ...]:
 
 def _norms(pattern: Pattern, w: jax.Array, layout: str) -> jax.Array:
     """Added up in the order of a kernel's axes, however they are stored."""
-    order = sorted(range(w.ndim), key=lambda axis: "swio".index(layout[axis]))
-    return block_norms(w, _sides(pattern, layout), order)
+    return block_norms(w, _sides(pattern, layout), kernel_order(layout))
 
 
 def spread(pattern: Pattern, w: jax.Array, t: jax.Array, layout: str) -> jax.Array:

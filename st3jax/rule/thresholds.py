@@ -17,7 +17,6 @@ from st3jax.layout.letters import (
     kernel_shape,
     stack_shape,
     to_kernels,
-    whole,
 )
 from st3jax.rule.costs import largest_share
 from st3jax.rule.distributions import layer_sparsities
@@ -26,6 +25,7 @@ from st3jax.rule.rule import CLOSE, Rule
 from st3jax.rule.scores import scaled, score_factor, scores, unscaled
 from st3jax.selection.keys import is_positive, score_dtype
 from st3jax.selection.quantile import threshold
+from st3jax.selection.ranking import whole
 from st3jax.selection.wide import wide
 from st3jax.trees import named_leaves
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from st3jax.selection.keys import to_key
 
-__all__ = ["largest"]
+__all__ = ["largest", "whole"]
 
 
 def largest(
@@ -48,14 +48,19 @@ def largest(
             f"among has shape {among.shape}, but scores have {scores.shape}: say for "
             "each score whether it may be taken"
         )
-    keys = jnp.where(_whole(among), to_key(_whole(scores)), -1).ravel()
+    keys = jnp.where(whole(among), to_key(whole(scores)), -1).ravel()
     order = jnp.argsort(-keys, stable=True)
     first = jnp.arange(keys.size) < count
     taken = jnp.zeros(keys.shape, bool).at[order].set(first, unique_indices=True)
     return taken.reshape(scores.shape) & among
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """The array on every device, where the way it is sharded is part of its type."""
+def whole(x: jax.Array) -> jax.Array:
+    """The array on every device, where the way it is sharded is part of its type.
+
+    Example:
+        >>> whole(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.sharding.reshard(x, P()) if mesh.explicit_axes else x
