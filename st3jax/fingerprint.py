@@ -44,14 +44,20 @@ def fingerprint(
     Returns:
         int32 [].
     """
-    leaves, total = named_leaves(params), first_fingerprint()
-    for i, (path, value) in enumerate(named_leaves(state.per_leaf).items()):
+    leaves, sums = named_leaves(params), []
+    for path, value in named_leaves(state.per_leaf).items():
         w = leaves[path]
         apart = 0 < jnp.ndim(value) < jnp.ndim(w)
         own = _of_leaf(w, frozen, dict(state.layouts.value)[path] if apart else "")
         axes = sharded_over(w, axis_name)
-        total += (2 * i + 1) * (lax.psum(own, axes) if axes else own)
-    return total
+        sums.append(lax.psum(own, axes) if axes else own)
+    return _times_odd(jnp.stack(sums))
+
+
+def _times_odd(sums: jax.Array) -> jax.Array:
+    """Their sum, each times a number that no exchange leaves the same."""
+    factors = 2 * np.arange(sums.size, dtype=np.int32) + 1
+    return jnp.sum(sums.reshape(-1) * factors, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=2)  # of leaves of one shape, traced once
@@ -59,15 +65,13 @@ def _of_leaf(w: jax.Array, frozen: jax.Array, layout: str) -> jax.Array:
     """Of the kernels that a layout tells apart, each times an odd factor."""
     bits = lax.bitcast_convert_type(w, jnp.dtype(f"int{8 * w.dtype.itemsize}"))
     # Exponents once more: those of 512 weights times two would wrap to the same.
-    exponents = (bits >> jnp.finfo(w.dtype).nmant).astype(jnp.int32)
+    number = bits + (bits >> jnp.finfo(w.dtype).nmant)
     if bits.dtype == jnp.int64:
-        bits += bits >> 32
-    number = jnp.where(frozen, 1, bits.astype(jnp.int32) + exponents)
-    named = jnp.where(to_key(w) != 0, number, 0)
+        number += bits >> 32
+    named = jnp.where(bits + bits == 0, 0, jnp.where(frozen, 1, number))  # no sign of 0
     within = tuple(axis for axis in range(w.ndim) if layout[axis : axis + 1] != "s")
-    each = jnp.sum(named, within, dtype=jnp.int32).reshape(-1)
-    factors = 2 * np.arange(each.size, dtype=np.int32) + 1
-    return jnp.sum(each * factors, dtype=jnp.int32)
+    each = jnp.sum(named.astype(jnp.int32), within, dtype=jnp.int32)
+    return _times_odd(each) if layout else each
 
 
 def check_seen(state: Any, params: Any, weights: Any) -> None:

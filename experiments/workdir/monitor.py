@@ -112,7 +112,7 @@ class Monitor:
             more = f" and {len(new) - 5} more" if len(new) > 5 else ""
             self._progress.console.print(
                 f"step {step:,}: every weight is zero in {', '.join(new[:5])}{more}, "
-                "so that no signal passes; see docs/options.md, Layers that vanish",
+                "so that no signal passes them: docs/options.md, Layers that vanish",
                 markup=False,
             )
 
