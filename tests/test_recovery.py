@@ -298,6 +298,19 @@ def test_metrics_survive_a_kill_at_any_byte_and_at_the_next_start(
         assert monitor.read_metrics(tmp_path)[2:] == [{"step": 33, "train_loss": 0.5}]
 
 
+def test_kernels_of_which_nothing_is_left_are_named_once(tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    with monitor.Monitor(tmp_path, console, 0, 9) as logs:
+        logs.tell_vanished(1, [])
+        logs.tell_vanished(2, ["stem/kernel", "mlp/kernel[1]"])
+        logs.tell_vanished(3, ["stem/kernel", "mlp/kernel[1]", "mlp/kernel[2]"])
+        logs.tell_vanished(4, ["mlp/kernel[2]"])
+    told = [line for line in console.file.getvalue().splitlines() if "zero" in line]
+    assert len(told) == 2
+    assert told[0].startswith("step 2: every weight is zero in stem/kernel, mlp/kern")
+    assert told[1].startswith("step 3: every weight is zero in mlp/kernel[2], so that")
+
+
 @contextlib.contextmanager
 def no_file_above(size):
     """Files that grow past this many bytes refuse to, as on a full disk."""
