@@ -3,18 +3,19 @@
 import contextlib
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["HEARTBEAT_SECONDS", "asked_to_stop", "join", "leave"]
+__all__ = ["HEARTBEAT_SECONDS", "Interrupted", "Request", "asked_to_stop", "join"]
 
 HEARTBEAT_SECONDS = 60
 """How long a silent process counts as alive; after it the others end."""
-STOPS = (signal.SIGTERM, signal.SIGINT)
+WAIT_SECONDS = 5
+"""How long a run that was asked to stop still waits for images."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def join(
@@ -39,44 +40,91 @@ def join(
     )
 
 
-def leave(message: str) -> NoReturn:
-    """Ends this process with a message and status 1, without waiting for others.
+class Interrupted(Exception):  # noqa: N818  it is no mistake
+    """The run was asked to stop while it waited."""
 
-    An ordinary exit would wait for processes that may themselves wait for this one.
-    """
-    if jax.process_count() == 1:
-        sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+
+class Request:
+    """Whether a run was asked to stop, by a signal to this process alone."""
+
+    def __init__(self) -> None:
+        self._asked = self._waits = False
+
+    def __call__(self, step: int) -> bool:
+        """Whether the run is to stop after this step."""
+        del step
+        return self._asked
+
+    def note(self) -> None:
+        """A signal came: what works goes on to its end, what waits does not long."""
+        self._asked = True
+        self._limit()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For what may take for ever.
+
+        Raises:
+            Interrupted: If it takes longer than a few seconds more when the run is
+                asked to stop.
+        """
+        self._waits = True
+        self._limit()
+        try:
+            yield
+        finally:
+            self._waits = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def interrupt(self) -> None:
+        """The few seconds have passed."""
+        if self._waits:
+            raise Interrupted
+
+    def _limit(self) -> None:
+        if self._asked and self._waits:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+
+
+class SharedRequest(Request):
+    """The same where many processes train: they agree after each step, or never."""
+
+    def __call__(self, step: int) -> bool:
+        """Whether all processes are to stop after this step."""
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[int], bool]]:
-    """Whether the run was asked to stop after a step: with SIGTERM, or Ctrl-C.
+def asked_to_stop() -> Iterator[Request]:
+    """Whether the run was asked to stop after a step: with SIGTERM, SIGHUP or Ctrl-C.
 
     Of many processes, one that gets SIGTERM stops all, after the same step. A second
-    signal to a single process does what it does otherwise.
+    signal to a single process does what it does otherwise. A signal that is ignored at
+    the start, as SIGHUP under ``nohup``, is ignored.
 
     Yields:
         A function of the step, to be called after each one.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield SharedRequest()
         return
-    asked: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
+    request = Request()
+    noted = (*STOPS, signal.SIGALRM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in noted}
 
     def note(number: int, frame: Any) -> None:
         del frame
-        asked.append(number)
-        os.write(2, b"\nstopping after this step; once more ends at once\n")
         signal.signal(number, before[number])
+        with contextlib.suppress(OSError):  # the terminal may be what is gone
+            os.write(2, b"\nstopping after this step; once more ends at once\n")
+        request.note()
 
     for number in STOPS:
-        signal.signal(number, note)
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, note)
+    signal.signal(signal.SIGALRM, lambda number, frame: request.interrupt())
     try:
-        yield lambda step: bool(asked)
+        yield request
     finally:
-        for number in STOPS:
+        for number in noted:
             signal.signal(number, before[number])

@@ -29,9 +29,10 @@ from rich.console import Console
 
 import processes
 import st3jax
+import terminal
 from data import input_pipeline, sources
 from errors import Stopped, UserError
-from job.build import build
+from job.build import Job, build
 from job.steps import (
     TrainState,
     create_train_state,
@@ -44,6 +45,7 @@ from job.steps import (
 from models.layers import BATCH_AXIS
 from workdir import checkpoints, report
 from workdir.claim import FREE, claim_workdir
+from workdir.lock import only_run
 from workdir.monitor import Monitor
 
 
@@ -94,14 +96,28 @@ def evaluate(
     data: sources.Data,
     config: ml_collections.ConfigDict,
     fixed: bool,
+    waiting: Callable[[], Any] = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """Accuracy and loss over every test image, of each network that can differ."""
+    """Accuracy and loss over every test image, of each network that can differ.
+
+    Args:
+        programs: The step functions.
+        state: The state of the training, on all devices.
+        data: The images.
+        config: The experiment's configuration.
+        fixed: Whether zeros are zeros in the raw weights, too.
+        waiting: Context for waiting for images.
+    """
     networks = programs.eval_variables(state)
     if fixed:
-        networks.pop("dense_test", None)  # zeros are zeros in the raw weights, too
+        networks.pop("dense_test", None)
     sums: dict[str, list[Any]] = {name: [] for name in networks}
     with contextlib.closing(input_pipeline.test_batches(data, config)) as batches:
-        for batch in batches:
+        while True:
+            with waiting():
+                batch = next(batches, None)
+            if batch is None:
+                break
             parts = split_over_devices(batch)
             for name, variables in networks.items():
                 sums[name].append(programs.eval_step(variables, parts))
@@ -184,22 +200,21 @@ def train_and_evaluate(
         Stopped: If the run was asked to stop, and its state is saved.
     """
     with (
-        _folder_of_this_process(pathlib.Path(workdir)) as workdir,
         processes.asked_to_stop() as asked_to_stop,
+        _folder_of_this_process(pathlib.Path(workdir)) as folder,
     ):
-        return _train_and_evaluate(config, workdir, asked_to_stop)
+        job = build(config)
+        with only_run(folder):
+            claim_workdir(folder, job.config)
+            return _train_and_evaluate(job, folder, asked_to_stop)
 
 
 def _train_and_evaluate(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    asked_to_stop: Callable[[int], bool],
+    job: Job, workdir: pathlib.Path, asked_to_stop: processes.Request
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
-    job = build(config)
     config, data = job.config, job.data
     steps, steps_per_epoch = job.steps, job.steps_per_epoch
-    claim_workdir(workdir, config)
     state = create_train_state(config, job.model, job.tx)
     manager = checkpoints.open_checkpoints(workdir)
     state = checkpoints.restore(manager, state, console)
@@ -222,23 +237,36 @@ def _train_and_evaluate(
     programs = compile_programs(job.model, config)
     names = finite_names(state)
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
+
+    def test(step: int) -> dict[str, float]:
+        fixed = step >= steps_per_epoch * config.num_epochs
+        return evaluate(programs, state, data, config, fixed, asked_to_stop.waiting)
+
+    def is_tested(step: int) -> bool:
+        epoch, past = divmod(step, steps_per_epoch)
+        return step == steps or not (past or epoch % config.eval_every_epochs)
+
     with (
         checkpoints.closing(manager),
         contextlib.closing(
             input_pipeline.train_batches(data, config, start, steps)
         ) as batches,
         Monitor(workdir, console, start, steps) as monitor,
+        _saving_when_interrupted(manager, steps, lambda: state),
     ):
+        if start == steps or (start and is_tested(start)):  # stopped while it tested
+            tests = test(start)
+            monitor.record_once(start, tests)
         recent: list[Any] = []
         since, waited = time.monotonic(), 0.0
         for step in range(start + 1, steps + 1):
             before = time.monotonic()
-            batch = next(batches)
+            with asked_to_stop.waiting():
+                batch = next(batches)
             waited += time.monotonic() - before
             state, metrics = programs.train_step(state, split_over_devices(batch))
             recent.append(metrics)
-            epoch, past = divmod(step, steps_per_epoch)
-            last, epoch_ends, stops = step == steps, past == 0, asked_to_stop(step)
+            last, stops = step == steps, asked_to_stop(step)
             saves = last or stops or step % checkpoint_steps == 0
 
             if saves or step % config.log_every_steps == 0:
@@ -252,9 +280,8 @@ def _train_and_evaluate(
                 monitor.tell_vanished(step, summary.vanished())
                 recent, since, waited = [], time.monotonic(), 0.0
 
-            if last or (epoch_ends and epoch % config.eval_every_epochs == 0):
-                fixed = epoch >= config.num_epochs
-                tests = evaluate(programs, state, data, config, fixed)
+            if is_tested(step):
+                tests = test(step)
                 monitor.record(step, tests)
 
             if saves:
@@ -262,16 +289,34 @@ def _train_and_evaluate(
             if last or stops:
                 checkpoints.wait(manager)
             if stops and not last:
-                raise Stopped(
-                    f"asked to stop: saved after step {step:,} of {steps:,}; the same "
-                    "command goes on from there"
-                )
+                raise _stopped(step, steps)
 
-    if start == steps:  # an ended run was started again
-        tests = evaluate(programs, state, data, config, fixed=True)
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
     return report.write_report(workdir, console, job, params, tests)
+
+
+@contextlib.contextmanager
+def _saving_when_interrupted(
+    manager: Any, steps: int, current: Callable[[], TrainState]
+) -> Iterator[None]:
+    """Saves the state if the run is asked to stop while it waits for images."""
+    try:
+        yield
+    except processes.Interrupted:
+        state = jax_utils.unreplicate(current())
+        step = int(state.step)
+        if step != manager.latest_step():
+            checkpoints.save(manager, step, state)
+        checkpoints.wait(manager)
+        raise _stopped(step, steps) from None
+
+
+def _stopped(step: int, steps: int) -> Stopped:
+    return Stopped(
+        f"asked to stop: saved after step {step:,} of {steps:,}; the same command goes "
+        "on from there"
+    )
 
 
 def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
@@ -301,9 +346,11 @@ PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags and trains."""
+    """Reads the flags and trains; whatever happens is told in a sentence."""
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
+    given = config_flags.get_override_values(flag)
+    workdir = pathlib.Path(WORKDIR.value or default_workdir(config_file, given))
     try:
         if argv[1:]:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
@@ -311,22 +358,36 @@ def main(argv: list[str]) -> None:
             raise UserError(f"there is no configuration file {config_file}")
         if DISTRIBUTED.value or COORDINATOR.value:
             processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        given = config_flags.get_override_values(flag)
-        workdir = WORKDIR.value or default_workdir(config_file, given)
-        train_and_evaluate(CONFIG.value, pathlib.Path(workdir))
+        train_and_evaluate(CONFIG.value, workdir)
     except Stopped as stopped:
         print(stopped)
+        if jax.process_count() == 1:  # others would take it for lost
+            terminal.end(0)
     except UserError as error:
-        processes.leave(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        processes.leave(
-            f"error: one of the {jax.process_count()} processes seems to be lost "
-            f"({reason[:200]}): start all of them again, and they go on from the last "
-            "checkpoint"
+        terminal.end(1, f"error: {error}")
+    except KeyboardInterrupt:
+        terminal.end(
+            130, "stopped at once: the same command goes on from the last checkpoint"
         )
+    except Exception as error:
+        terminal.end(1, f"error: {_told(error, workdir)}")
+
+
+def _told(error: Exception, workdir: pathlib.Path) -> str:
+    """What the user reads of an error that no part of the program explains."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        return (
+            f"one of the {jax.process_count()} processes seems to be lost "
+            f"({lines[0][:200]}): start all of them again, and they go on from the "
+            "last checkpoint"
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in lines[0]:
+        return (
+            f"there is not enough memory ({lines[0][:200]}): lower config.batch_size, "
+            "or work through batches in parts with config.accumulate_steps"
+        )
+    return terminal.tell_crash(error, workdir)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -346,6 +407,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    terminal.keep_streams()
     logging.set_verbosity(logging.FATAL)  # errors are told in a sentence
     sys.unraisablehook = checkpoints.quiet_unraisable
     flags.mark_flag_as_required("config")

@@ -1,7 +1,6 @@
 """What kills, damage, full disks and spoiled numbers leave of a run."""
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -13,84 +12,45 @@ import subprocess
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import multihost_utils
-from jax.experimental.compilation_cache import compilation_cache
 from programs import train_checked
 from rich.console import Console
 from training import command, last_state, leaves, same_bits, tiny
+from workdirs import (
+    STEPS,
+    WHERE_DISKS_FAIL,
+    at_step,
+    collect_garbage,
+    copied,
+    expect_the_same_end,
+    flip,
+    folder,
+    metrics,
+    names,
+    overrides,
+    read,
+    small,
+    three_saves,
+    undisturbed,
+)
 
 import processes
 import train
-from data import input_pipeline
 from errors import Stopped, UserError
 from job import steps
 from workdir import checkpoints, files, monitor
 from workdir.claim import claim_workdir
 
-STEPS = 66
-# What Orbax leaves behind where it fails: of many arrays that cannot be read it raises
-# for one, and its loop is closed when the others want to tell; and of arrays of which
-# one is of a kind that it does not know, it never asks for the metadata of the others.
-pytestmark = [
-    pytest.mark.usefixtures("quickly_compiled"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s)Exception ignored in. None.*Event loop is closed"
-        ":pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings(
-        r"ignore:coroutine '\w+Handler\.metadata' was never awaited:RuntimeWarning"
-    ),
-]
-
-SPEED = ("images_per_second", "input_wait")
-
-
-@pytest.fixture(autouse=True)
-def collect_garbage():
-    """What a test leaves behind is told under its own filters, not in a later test."""
-    yield
-    gc.collect()
+__all__ = ["collect_garbage", "folder", "overrides", "three_saves", "undisturbed"]
+pytestmark = WHERE_DISKS_FAIL
 
 
 # A small tree, saved and read again.
-
-
-def small(step):
-    """A state with the bits that are lost most easily."""
-    key = jax.random.key(step)
-    return {
-        "step": jnp.int32(step),
-        "kernel": jax.random.normal(key, (17, 3)),
-        "half": jnp.arange(5, dtype=jnp.bfloat16) * step,
-        "special": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42]),
-        "empty": {},
-    }
-
-
-def read(workdir):
-    """What a start finds, and what it says."""
-    said = io.StringIO()
-    with checkpoints.open_checkpoints(workdir) as manager:
-        state = checkpoints.restore(manager, small(0), Console(file=said, width=999))
-    return leaves(state), said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def three_saves(tmp_path_factory):
-    """A workdir with the checkpoints of steps 2 and 3; the one of step 1 is gone."""
-    workdir = tmp_path_factory.mktemp("saves")
-    with checkpoints.open_checkpoints(workdir) as manager:
-        for step in (1, 2, 3):
-            checkpoints.save(manager, step, small(step))
-        checkpoints.wait(manager)
-    assert {x.name for x in (workdir / "checkpoints").iterdir()} == {"2", "3"}
-    return workdir
 
 
 def inside(workdir, step="3"):
@@ -100,23 +60,6 @@ def inside(workdir, step="3"):
     folders = [x.relative_to(workdir) for x in paths if x.is_dir()]
     assert len(files) > 8
     return files, folders
-
-
-@contextlib.contextmanager
-def copied(workdir):
-    """A copy of a workdir, next to it."""
-    copy = workdir.with_name(f"{workdir.name}-copy")
-    shutil.copytree(workdir, copy)
-    try:
-        yield copy
-    finally:
-        shutil.rmtree(copy)
-
-
-def flip(path, byte, bit=4):
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1 << bit
-    path.write_bytes(data)
 
 
 HARMS = {
@@ -359,67 +302,6 @@ def test_the_first_signal_asks_and_the_second_ends(number):
 # Whole runs.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where data sets and compiled programs are kept: nothing compiles twice."""
-    folder = tmp_path_factory.mktemp("kept")
-    options = {
-        "jax_compilation_cache_dir": str(folder / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-        # On some processors XLA refuses, with a page of their features, what it kept.
-        patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
-        yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def overrides(folder):
-    """What all runs here change: eleven steps between saves."""
-    return {"checkpoint_every_epochs": 0.5, "data.dir": str(folder / "data")}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, overrides):
-    """The workdir of a run that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    train.train_and_evaluate(tiny(**overrides), workdir)
-    return workdir
-
-
-def expect_the_same_end(workdir, undisturbed):
-    """The same bits in every array, and the same results of tests."""
-    (step, state), (end, expected) = last_state(workdir), last_state(undisturbed)
-    assert step == end == STEPS
-    assert len(state) > 80
-    assert same_bits(state, expected)
-    tests = [row for row in metrics(undisturbed) if "test_loss" in row]
-    assert [row for row in metrics(workdir) if "test_loss" in row] == tests
-    assert len(tests) == 3
-
-
-def metrics(workdir):
-    """The rows of metrics, without what is never the same."""
-    return [
-        {name: value for name, value in row.items() if name not in SPEED}
-        for row in monitor.read_metrics(workdir)
-    ]
-
-
-def names(workdir):
-    """What is in the folder of checkpoints."""
-    folder = workdir / "checkpoints"
-    return {x.name for x in folder.iterdir()} if folder.is_dir() else set()
-
-
 def checked(fate, workdir, overrides):
     """What starts the same run, to which something happens at a step."""
     python, program, *arguments = command(workdir, **overrides)
@@ -430,18 +312,6 @@ def checked(fate, workdir, overrides):
         "env": os.environ | {"PYTHONPATH": path},
         "text": True,
     }
-
-
-def at_step(monkeypatch, number, act):
-    """From now on ``act`` is done to the batch of this step."""
-    train_batches = input_pipeline.train_batches
-
-    def patched(data, config, start, *stop):
-        with contextlib.closing(train_batches(data, config, start, *stop)) as batches:
-            for step, batch in enumerate(batches, start + 1):
-                yield act(batch) if step == number else batch
-
-    monkeypatch.setattr(input_pipeline, "train_batches", patched)
 
 
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(

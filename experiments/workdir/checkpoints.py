@@ -7,7 +7,10 @@ nothing had happened. Where many processes train, the first one alone reads and 
 
 import contextlib
 import hashlib
+import itertools
+import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +23,8 @@ from rich.console import Console
 
 from errors import UserError
 from paths import by_path
-from workdir.files import writing
+from workdir.digests import find_damage, write_digests
+from workdir.files import cause, writing
 
 __all__ = [
     "closing",
@@ -30,6 +34,9 @@ __all__ = [
     "save",
     "wait",
 ]
+
+_UNFINISHED = "*.orbax-checkpoint-tmp"
+"""What is being written, or what a kill left of it."""
 
 
 class _Checkpoints(ocp.CheckpointManager):
@@ -46,19 +53,33 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
-    """The newest two checkpoints of the workdir, written in the background."""
+    """The newest two checkpoints of the workdir, written in the background.
+
+    Raises:
+        UserError: If the folder cannot be written to, or holds what is no checkpoint.
+    """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
     )
     folder = workdir.resolve() / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder.resolve()
+        _check_no_strangers(folder)
+        for unfinished in folder.glob(_UNFINISHED):
+            shutil.rmtree(unfinished)
+
+    def seal() -> None:  # before what is written gets its name
+        for written in folder.glob(_UNFINISHED):
+            write_digests(written)
+
     return _Checkpoints(
         folder,
         options=ocp.CheckpointManagerOptions(
             create=False,
             max_to_keep=2,
-            cleanup_tmp_directories=True,  # what a kill left of a save
+            async_options=ocp.AsyncOptions(post_finalization_callback=seal),
             multiprocessing_options=alone,
         ),
         item_handlers={
@@ -66,6 +87,22 @@ def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
             "digest": ocp.JsonCheckpointHandler(),
         },
     )
+
+
+def _check_no_strangers(folder: pathlib.Path) -> None:
+    """Nothing has the name of a checkpoint that was not written as one.
+
+    Checkpoints are removed when newer ones are there, and so would this be.
+    """
+    for path in folder.iterdir():
+        ours = [path / name for name in ("_CHECKPOINT_METADATA", "state", "digest")]
+        named = path.name.isdecimal()
+        if named and (path.is_symlink() or not any(map(os.path.lexists, ours))):
+            kind = "a symbolic link" if path.is_symlink() else "no checkpoint"
+            raise UserError(
+                f"{path} is {kind}, but has the name of a checkpoint: it was left as "
+                "it is; move it away, and the same command goes on"
+            )
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
@@ -152,25 +189,21 @@ def quiet_unraisable(unraisable: Any) -> None:
 
 
 def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
-    damaged = []
+    damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             restored = _read(checkpoints, step, state)
-        except UserError:
-            raise
-        except Exception as error:  # damage shows in many ways
-            reason = (str(error).strip().splitlines() or [""])[0]
-            damaged.append((step, f"{type(error).__name__}: {reason[:200]}"))
+        except _Damaged as damage:
+            damaged[step] = str(damage)
             continue
-        for bad, reason in damaged:
+        for bad, reason in damaged.items():
+            place = _move_aside(checkpoints, bad)
             console.print(
                 f"[bold]warning:[/] the checkpoint of step {bad} is damaged ({reason});"
-                f" going on from the one of step {step}"
+                f" it is in {place} now; going on from the one of step {step}"
             )
-            checkpoints.delete(bad)
         return restored
-    if damaged:
-        step, reason = damaged[0]
+    for step, reason in damaged.items():
         raise UserError(
             f"every checkpoint in {checkpoints.directory} is damaged (step {step}: "
             f"{reason}): remove that folder to start from the beginning"
@@ -178,28 +211,68 @@ def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) ->
     return state
 
 
+class _Damaged(Exception):  # noqa: N818  it says what happened to a disk
+    """A checkpoint's bits are not those that were written."""
+
+
+def _move_aside(checkpoints: ocp.CheckpointManager, step: int) -> pathlib.Path:
+    """Puts a damaged checkpoint where nothing looks for one, and removes nothing."""
+    folder = pathlib.Path(checkpoints.directory)
+    with writing(folder.parent):
+        (folder.parent / "damaged").mkdir(exist_ok=True)
+        for number in itertools.count():
+            place = folder.parent / "damaged" / f"{step}{f'-{number}' * (number > 0)}"
+            if not place.exists():
+                shutil.move(folder / str(step), place)
+                checkpoints.reload()
+                return place
+    raise AssertionError("counting ends")
+
+
 def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
-    metadata = checkpoints.item_metadata(step)["state"]
-    if metadata is None:
-        raise ValueError("its metadata are missing")
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: If it belongs to another model or optimizer, or cannot be read.
+        _Damaged: If its bits are not those that were written.
+    """
+    folder = pathlib.Path(checkpoints.directory) / str(step)
+    try:
+        damage = find_damage(folder)
+        if damage:
+            raise _Damaged(damage)
+        metadata = checkpoints.item_metadata(step)["state"]
+        _check_shapes(folder, metadata, state)
+        restored = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state), digest=ocp.args.JsonRestore()
+            ),
+        )
+    except (UserError, _Damaged):
+        raise
+    except Exception as error:  # libraries raise of many kinds
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({cause(error)}): nothing says "
+            "that it is damaged, so it was left as it is; mend that, or move it away "
+            "to go on from the one before"
+        ) from error
+    if restored["digest"]["blake2b"] != _digest(jax.device_get(restored["state"])):
+        raise _Damaged("its bits are not those that were written")
+    return restored["state"]
+
+
+def _check_shapes(folder: pathlib.Path, metadata: Any, state: Any) -> None:
+    """The checkpoint is one of this model and optimizer."""
     there, here = _shapes(metadata), _shapes(state)
     for name in here | there:
         if here.get(name) != there.get(name):
             stored, expected = there.get(name, "absent"), here.get(name, "absent")
             raise UserError(
-                f"the checkpoint in {checkpoints.directory} (step {step}) is of "
+                f"the checkpoint in {folder.parent} (step {folder.name}) is of "
                 f"another model or optimizer: {name} is {stored} there and {expected} "
                 "here; choose another --workdir=..."
             )
-    restored = checkpoints.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(state), digest=ocp.args.JsonRestore()
-        ),
-    )
-    if restored["digest"]["blake2b"] != _digest(jax.device_get(restored["state"])):
-        raise ValueError("its bits are not those that were written")
-    return restored["state"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from errors import UserError
-from workdir.files import replace_file
+from workdir.files import cause, replace_file
 
 __all__ = ["FREE", "claim_workdir"]
 
@@ -29,14 +29,15 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
             replace_file(claim, settings)
         with (workdir / "metrics.jsonl").open("a"):
             pass
+        text = claim.read_text(errors="replace")
     except OSError as error:
         raise UserError(
-            f"the workdir {workdir} cannot be written to ({error.strerror}): choose "
+            f"the workdir {workdir} cannot be written to ({cause(error)}): choose "
             "another with --workdir=..."
         ) from None
     try:
-        there = _flat(json.loads(claim.read_text()))
-    except ValueError:
+        there = _flat(json.loads(text))
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(
             f"{claim} is damaged: choose another workdir with --workdir=..., or remove "
             "that file if the run is of the settings given here"

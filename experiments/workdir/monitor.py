@@ -70,6 +70,7 @@ class Monitor:
         self._task = self._progress.add_task(
             "", total=total, completed=start, status=""
         )
+        self._kept = kept
         self._shown: dict[str, float] = {}
         self._vanished: set[str] = set()
 
@@ -104,6 +105,14 @@ class Monitor:
         )
         self._progress.update(self._task, completed=step, status=status)
 
+    def record_once(self, step: int, tests: Mapping[str, float]) -> None:
+        """Records tests after the step of the start, if that was not done before."""
+        done = any(
+            row["step"] == step and tests.keys() <= row.keys() for row in self._kept
+        )
+        if not done:
+            self.record(step, tests)
+
     def tell_vanished(self, step: int, kernels: list[str]) -> None:
         """Names kernels of which nothing is left, each once."""
         new = [kernel for kernel in kernels if kernel not in self._vanished]
@@ -122,12 +131,20 @@ class Monitor:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """All rows of the log file, a line cut short by a kill left out."""
+    """All rows of the log file; what a kill cut short, or is none, is left out."""
     path = workdir / METRICS
+    text = path.read_text(errors="replace") if path.exists() else ""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if _is_row(row)]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is what ``Monitor.record`` writes."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in row.values())
+    )

@@ -13,6 +13,7 @@ from rich.table import Table
 import st3jax
 from job.build import Job
 from job.rates import cycles, total_steps
+from workdir.files import draft_of, replace_file, writing
 from workdir.monitor import read_metrics
 
 mpl.use("Agg")
@@ -69,6 +70,9 @@ def write_report(
 
     Returns:
         What ``report.json`` holds.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     config, costs = job.config, job.costs
     summary = st3jax.summary(params)
@@ -100,9 +104,10 @@ def write_report(
         },
         "config": json.loads(config.to_json_best_effort()),
     }
-    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _plot_course(workdir, config)
-    _plot_layers(workdir, report["layers"])
+    with writing(workdir):
+        replace_file(workdir / "report.json", json.dumps(report, indent=2) + "\n")
+        _plot_course(workdir, config)
+        _plot_layers(workdir, report["layers"])
     _print_layers(console, report)
     console.print(
         f"test accuracy [bold]{tests['test_accuracy']:.2%}[/] with "
@@ -182,8 +187,7 @@ def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
         )  # fmt: skip
     for side in (axes, right):
         side.spines["top"].set_visible(False)
-    figure.savefig(workdir / "course.png", dpi=200)
-    plt.close(figure)
+    _save(figure, workdir / "course.png")
 
 
 def _plot_layers(workdir: pathlib.Path, layers: dict[str, Any]) -> None:
@@ -202,5 +206,12 @@ def _plot_layers(workdir: pathlib.Path, layers: dict[str, Any]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=8)
-    figure.savefig(workdir / "layers.png", dpi=200)
-    plt.close(figure)
+    _save(figure, workdir / "layers.png")
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    try:
+        with draft_of(path) as draft:
+            figure.savefig(draft, format="png", dpi=200)
+    finally:
+        plt.close(figure)

@@ -1,0 +1,540 @@
+"""Runs that meet each other, and disks, terminals and inputs that fail."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+from training import command, leaves, same_bits, tiny
+from workdirs import (
+    STEPS,
+    WHERE_DISKS_FAIL,
+    at_step,
+    collect_garbage,
+    copied,
+    expect_the_same_end,
+    flip,
+    folder,
+    metrics,
+    names,
+    overrides,
+    read,
+    small,
+    three_saves,
+    undisturbed,
+)
+
+import terminal
+import train
+from errors import Stopped, UserError
+from workdir import checkpoints, files, monitor
+from workdir.claim import claim_workdir
+from workdir.lock import only_run
+
+__all__ = ["collect_garbage", "folder", "overrides", "three_saves", "undisturbed"]
+pytestmark = WHERE_DISKS_FAIL
+
+NOBODY = 65534
+SECONDS = 240  # in which nothing that does not hang takes this long
+
+
+# Two runs in one workdir.
+
+
+def test_a_workdir_has_one_run_at_a_time(tmp_path):
+    workdir = tmp_path / "run"
+    with only_run(workdir):
+        with pytest.raises(UserError) as error, only_run(workdir):
+            pass
+        told = str(error.value)
+        assert told.startswith("another run (on ")
+        assert f", process {os.getpid()}, since 20" in told
+        assert f"is using the workdir {workdir}: wait for its end" in told
+        assert "\n" not in told
+    with only_run(workdir):
+        (workdir / "owner.json").write_text("[")
+        with (
+            pytest.raises(UserError, match=r"^another run is using"),
+            only_run(workdir),
+        ):
+            pass
+
+
+HOLD = """
+import pathlib, sys, time
+from workdir.lock import only_run
+with only_run(pathlib.Path(sys.argv[1])):
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_that_was_killed_keeps_nobody_out(tmp_path):
+    experiments = pathlib.Path(train.__file__).parent
+    run = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(experiments)},
+    )
+    with run:
+        assert run.stdout.readline() == "here\n"
+        told = f"process {run.pid}, "
+        with pytest.raises(UserError, match=told), only_run(tmp_path):
+            pass
+        run.kill()
+    with only_run(tmp_path):
+        assert json.loads((tmp_path / "owner.json").read_text())["process"] != run.pid
+
+
+def test_a_second_run_touches_nothing(undisturbed, overrides, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.json").unlink()
+    with only_run(tmp_path):
+        before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="another run"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path)
+        assert {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")} == before
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert not (tmp_path / "owner.json").exists()
+
+
+# Checkpoints that cannot be read, and what is none.
+
+
+@contextlib.contextmanager
+def as_somebody_else():
+    """Without the rights of root, which every file is open to."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def everything(workdir):
+    """All files below a folder, with their contents."""
+    return {x: x.read_bytes() for x in sorted(workdir.rglob("*")) if x.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["state/manifest.ocdbt", "state/_METADATA", "files.json", "digest/metadata"]
+)
+def test_a_checkpoint_without_permission_is_told_and_left_alone(three_saves, name):
+    with copied(three_saves) as workdir:
+        path = workdir / "checkpoints" / "3" / name
+        for each in (workdir, *workdir.rglob("*")) if os.geteuid() == 0 else ():
+            os.chown(each, NOBODY, NOBODY)
+        before = everything(workdir)
+        path.chmod(0)
+        with (
+            open_for_all(workdir),
+            as_somebody_else(),
+            pytest.raises(UserError) as error,
+        ):
+            read(workdir)
+        told = str(error.value)
+        assert told.startswith(f"the checkpoint {workdir / 'checkpoints' / '3'} cannot")
+        assert "(Permission denied): nothing says that it is damaged" in told
+        assert everything(workdir) == before
+
+
+@contextlib.contextmanager
+def open_for_all(path):
+    """The folders above a path may be passed by everybody."""
+    modes = {parent: parent.stat().st_mode for parent in path.parents}
+    try:
+        for parent, mode in modes.items():
+            if os.geteuid() == 0 or parent.owner() == path.owner():
+                parent.chmod(mode | 0o755)
+        yield
+    finally:
+        for parent, mode in modes.items():
+            if parent.stat().st_mode != mode:
+                parent.chmod(mode)
+
+
+def test_an_error_of_the_disk_is_no_damage(three_saves, monkeypatch):
+    opened = pathlib.Path.open
+
+    def broken(path, *args, **options):
+        if path.name == "manifest.ocdbt":
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, *args, **options)
+
+    with copied(three_saves) as workdir:
+        before = everything(workdir)
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "open", broken)
+            with pytest.raises(UserError, match=r"cannot be read \(Input/output error"):
+                read(workdir)
+        assert everything(workdir) == before
+
+
+def a_link(path):
+    path.symlink_to("3")
+
+
+def a_dead_link(path):
+    path.symlink_to("nowhere")
+
+
+def a_file(path):
+    path.write_text("mine")
+
+
+def an_empty_folder(path):
+    path.mkdir()
+
+
+def a_folder_of_somebody(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("stranger", "kind"),
+    [
+        (a_link, "a symbolic link"),
+        (a_dead_link, "a symbolic link"),
+        (a_file, "no checkpoint"),
+        (an_empty_folder, "no checkpoint"),
+        (a_folder_of_somebody, "no checkpoint"),
+    ],
+)
+def test_what_has_the_name_of_a_checkpoint_only_is_told_and_left_alone(
+    three_saves, stranger, kind
+):
+    with copied(three_saves) as workdir:
+        path = workdir / "checkpoints" / "99999"
+        stranger(path)
+        before = everything(workdir)
+        with pytest.raises(UserError) as error:
+            read(workdir)
+        assert str(error.value).startswith(f"{path} is {kind}, but has the name of a c")
+        assert everything(workdir) == before
+        assert os.path.lexists(path)
+
+
+def test_other_things_beside_checkpoints_stay(three_saves):
+    with copied(three_saves) as workdir:
+        folder = workdir / "checkpoints"
+        (folder / "notes.txt").write_text("mine")
+        (folder / "old").mkdir()
+        found, said = read(workdir)
+        assert same_bits(found, leaves(small(3)))
+        assert said == ""
+        with checkpoints.open_checkpoints(workdir) as manager:
+            for step in (4, 5, 6):
+                checkpoints.save(manager, step, small(step))
+            checkpoints.wait(manager)
+        assert {x.name for x in folder.iterdir()} == {"5", "6", "notes.txt", "old"}
+
+
+def test_what_is_damaged_is_moved_aside_and_never_removed(three_saves):
+    with copied(three_saves) as workdir:
+        for again in ("", "-1"):
+            path = workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt"
+            flip(path, 5)
+            bits = path.read_bytes()
+            found, said = read(workdir)
+            assert same_bits(found, leaves(small(2)))
+            assert f"it is in {workdir}/damaged/3{again} now; going on from" in said
+            aside = workdir / "damaged" / f"3{again}" / "state" / "manifest.ocdbt"
+            assert aside.read_bytes() == bits
+            with checkpoints.open_checkpoints(workdir) as manager:
+                checkpoints.save(manager, 3, small(3))
+                checkpoints.wait(manager)
+
+
+def test_what_is_whole_but_not_understood_is_not_damage(three_saves, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("failed (}).): internal\n}).")
+
+    with copied(three_saves) as workdir:
+        before = everything(workdir)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._Checkpoints, "restore", fails)
+            with pytest.raises(UserError) as error:
+                read(workdir)
+        assert r"cannot be read (ValueError: failed (}).): internal)" in str(
+            error.value
+        )
+        assert everything(workdir) == before
+
+
+# Causes.
+
+
+def test_causes_are_told_in_the_words_of_the_operating_system():
+    wrapped = ValueError("UNKNOWN: [type: 3]\n}).")
+    wrapped.__cause__ = OSError(28, "No space left on device", "/somewhere")
+    assert files.cause(wrapped) == "No space left on device"
+    text = 'CRC: "/a/b": Failed to open: Disk quota exceeded [os_error_code]\n}).'
+    assert files.cause(ValueError(text)) == "Disk quota exceeded"
+    assert files.cause(ValueError("a\nb")) == "ValueError: a"
+    assert files.cause(RuntimeError()) == "RuntimeError: "
+
+
+# Signals while a run waits.
+
+
+def signalled(number=signal.SIGTERM):
+    """A batch that never comes, and a signal meanwhile."""
+
+    def wait(batch):
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        time.sleep(SECONDS)
+        return batch
+
+    return wait
+
+
+def test_a_run_that_waits_for_an_image_can_be_stopped(
+    undisturbed, overrides, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.processes, "WAIT_SECONDS", 0.3)
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, signalled(signal.SIGHUP))
+        with pytest.raises(Stopped, match=f"saved after step 14 of {STEPS}"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert names(tmp_path) == {"11", "14"}
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    expect_the_same_end(tmp_path, undisturbed)
+
+
+def test_a_run_that_waits_for_an_image_to_test_on_can_be_stopped(
+    undisturbed, overrides, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.processes, "WAIT_SECONDS", 0.3)
+    test_batches = train.input_pipeline.test_batches
+
+    def patched(data, config):
+        with contextlib.closing(test_batches(data, config)) as batches:
+            for number, batch in enumerate(batches):
+                yield signalled()(batch) if number == 2 else batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.input_pipeline, "test_batches", patched)
+        with pytest.raises(Stopped, match=f"saved after step 22 of {STEPS}"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert names(tmp_path) == {"11", "22"}
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    expect_the_same_end(tmp_path, undisturbed)
+    assert metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.processes.asked_to_stop() as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked_to_stop(1)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# What others leave in the workdir.
+
+
+JUNK = ["[]", "5", "null", '{"step": "a"}', '{"step": 11, "test_accuracy": "x"}', "\0"]
+
+
+def test_junk_among_the_metrics_is_left_out(tmp_path):
+    row = '{"step": 11, "train_loss": 0.5}'
+    path = tmp_path / monitor.METRICS
+    path.write_bytes("\n".join([*JUNK, row, *JUNK]).encode() + b"\n\xff\xfe\n")
+    assert monitor.read_metrics(tmp_path) == [json.loads(row)]
+    with monitor.Monitor(tmp_path, Console(quiet=True), 11, 66):
+        assert path.read_text() == row + "\n"
+
+
+@pytest.mark.parametrize("junk", [*JUNK, "", "[" * 9999, "\xff"])
+def test_junk_in_the_place_of_the_configuration_is_told(tmp_path, junk):
+    (tmp_path / "config.json").write_bytes(junk.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json is damaged|other settings"):
+        claim_workdir(tmp_path, tiny())
+    assert (tmp_path / "config.json").read_bytes() == junk.encode("latin-1")
+
+
+# The terminal, and the end.
+
+
+def start(arguments, **options):
+    """A run in a process of its own, which may not take for ever."""
+    return subprocess.run(arguments, timeout=SECONDS, text=True, **options)
+
+
+def test_a_reader_that_leaves_does_not_cost_the_report(
+    undisturbed, overrides, tmp_path
+):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.json").unlink()
+    run = subprocess.Popen(
+        command(tmp_path, **overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
+    )
+    with run:
+        run.stdout.read(1)
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert (run.returncode, errors) == (0, b"")
+    assert (tmp_path / "report.json").exists()
+
+
+STREAMS = """
+import os, sys
+import terminal
+terminal.keep_streams()
+for stream in (sys.stdout, sys.stderr):
+    for text in ("a", "\\u2501\\n", "b" * 99999):
+        print(text, file=stream, flush=True)
+file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
+assert file > 2
+os._exit(0) if len(sys.argv) > 2 else sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("redirected", ["", ">/dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_goes_nowhere_ends_nothing(tmp_path, redirected):
+    experiments = pathlib.Path(train.__file__).parent
+    shell = f'"$@" {redirected}'
+    run = start(
+        ["sh", "-c", shell, "sh", sys.executable, "-c", STREAMS, tmp_path / "file"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(experiments), "PYTHONIOENCODING": "ascii"},
+    )
+    assert run.returncode == 0
+    if not redirected:
+        assert run.stdout.startswith("a\n?\n\nbbb")
+        assert run.stderr == run.stdout
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_and_a_file(tmp_path, capsys):
+    def fails():
+        raise KeyError("the\nkey")
+
+    for workdir, place in (
+        (tmp_path, tmp_path),
+        (tmp_path / "gone", pathlib.Path(terminal.tempfile.gettempdir())),
+    ):
+        try:
+            fails()
+        except KeyError as error:
+            told = terminal.tell_crash(error, workdir)
+        (file,) = place.glob(f"crash-*-{os.getpid()}.txt")
+        assert "in fails" in file.read_text()
+        assert told.startswith("unexpected KeyError: 'the\\nkey'; the whole traceback")
+        assert str(file) in told
+        assert "\n" not in told
+        file.unlink()
+
+
+CRASH = """
+import sys
+import train
+from absl import app
+def fails(*_, **__):
+    raise ZeroDivisionError("of somebody")
+train.train_and_evaluate = fails
+app.run(train.main, flags_parser=train.parse_flags)
+"""
+
+
+def test_the_last_net_ends_with_a_status(tmp_path):
+    _, program, *arguments = command(tmp_path)
+    experiments = pathlib.Path(program).parent
+    run = start(
+        [sys.executable, "-c", CRASH, *arguments],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(experiments)},
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: unexpected ZeroDivisionError: of somebody; th")
+    assert run.stderr.count("\n") == 1
+    (file,) = tmp_path.iterdir()
+    assert "ZeroDivisionError: of somebody" in file.read_text()
+
+
+# Disks.
+
+
+@contextlib.contextmanager
+def few_files(folder, number):
+    """A file system with room for so many files, or else for files of few bytes.
+
+    Yields:
+        What the command that starts a run begins with.
+    """
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64m,nr_inodes={number}", "st3jax"]
+    mounted = not subprocess.run([*mount, folder], capture_output=True).returncode
+    try:
+        yield [] if mounted else ["prlimit", f"--fsize={64 * number}", "--"]
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("number", [6, 24, 46])
+def test_a_disk_without_room_for_files_ends_the_run_at_once(
+    overrides, tmp_path, number
+):
+    with few_files(tmp_path, number) as limited:
+        run = subprocess.Popen(
+            [*limited, *command(tmp_path / "run", **overrides)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        told = run.stderr.readline()
+        status = run.wait(timeout=5)  # not a matter of speed: it used to be minutes
+        assert run.stderr.read() == ""
+        run.stderr.close()
+    assert status == 1
+    assert told.startswith("error: writing to ") or "cannot be written to (" in told
+    assert "No space left on device" in told or "File too large" in told
+
+
+@pytest.mark.parametrize("name", ["report.json", "course.png", "layers.png"])
+def test_a_report_that_cannot_be_written_is_told_and_made_the_next_time(
+    undisturbed, overrides, tmp_path, name
+):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    (tmp_path / f"{name}.draft").mkdir()
+    with pytest.raises(UserError, match=f"writing to {tmp_path} failed .Is a directo"):
+        train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert not (tmp_path / name).exists()
+    (tmp_path / f"{name}.draft").rmdir()
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert (tmp_path / name).exists()
+    expect_the_same_end(tmp_path, undisturbed)
+
+
+def test_a_workdir_that_is_removed_meanwhile_is_told(
+    undisturbed, overrides, tmp_path, monkeypatch
+):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    write_report = train.report.write_report
+
+    def removed(workdir, *args):
+        shutil.rmtree(workdir)
+        return write_report(workdir, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.report, "write_report", removed)
+        with pytest.raises(UserError, match=r"failed \(No such file or directory\)"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path / "run")
