@@ -23,31 +23,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags
-from harness import EXPERIMENTS, run_main
+from harness import run_main
+from short_run import command, differences, environment, result
 
-from workdir import checkpoints
 from workdir.monitor import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 50, "How often the runs are killed.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
 
 FOLDER = pathlib.Path("runs", "kill_and_resume")
-SETTINGS = {
-    "data.dir": FOLDER.resolve() / "data",
-    "model.width": 4,
-    "num_epochs": 5,
-    "fine_tune_epochs": 1,
-    "sparsity.begin_epoch": 1,
-    "sparsity.end_epoch": 4,
-    "log_every_steps": 1,
-    "eval_every_epochs": 2,
-    "checkpoint_every_epochs": 0.25,
-}
 MOST_SAVES = 6  # a kill that waits for a save lets pass fewer than this
 SAVE_SECONDS = 0.1  # at most so long after it began
-SPEED = ("images_per_second", "input_wait")
 
 
 class Moment(NamedTuple):
@@ -78,17 +65,6 @@ def moments(kills: int, seed: int, duration: float) -> list[Moment]:
     ]
 
 
-def command(workdir: pathlib.Path) -> list[str]:
-    """What starts a run, and what continues it."""
-    return [
-        sys.executable,
-        str(EXPERIMENTS / "train.py"),
-        f"--config={EXPERIMENTS / 'digits_st3.py'}",
-        f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in SETTINGS.items()),
-    ]
-
-
 def saves(workdir: pathlib.Path, finished: bool) -> set[str]:
     """Names of the checkpoints that are finished, or of those that are not."""
     folder = workdir / "checkpoints"
@@ -102,15 +78,13 @@ def train(workdir: pathlib.Path, moment: Moment | None = None) -> bool:
     Raises:
         SystemExit: If the run fails by itself, or finds a checkpoint damaged.
     """
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(FOLDER.resolve() / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     log = workdir.with_suffix(".txt")
     with log.open("w") as output:
         process = subprocess.Popen(
-            command(workdir), stdout=output, stderr=output, env=environment
+            command(workdir, FOLDER / "data"),
+            stdout=output,
+            stderr=output,
+            env=environment(FOLDER / "cache"),
         )
         if moment:
             _kill(process, workdir, moment)
@@ -145,30 +119,6 @@ def killed(workdir: pathlib.Path, moment: Moment) -> Counts | None:
     if not rows or rows[-1]["step"] <= start or metrics.read_bytes() == before:
         return Counts(before_first_step=1)  # and what is unfinished was so before
     return Counts(unfinished=bool(saves(workdir, finished=False)))
-
-
-def result(workdir: pathlib.Path) -> tuple[list[Any], list[dict[str, float]]]:
-    """What is compared: leaves of the last checkpoint, and rows of metrics."""
-    with checkpoints.open_checkpoints(workdir) as manager:
-        restored = manager.restore(
-            manager.latest_step(),
-            args=ocp.args.Composite(state=ocp.args.StandardRestore()),
-        )
-    leaves = jax.tree.leaves_with_path(restored["state"])
-    rows = [
-        {name: value for name, value in row.items() if name not in SPEED}
-        for row in read_metrics(workdir)
-    ]
-    return [(path, x.dtype, x.shape, x.tobytes()) for path, x in leaves], rows
-
-
-def differences(expected: Any, workdir: pathlib.Path) -> int:
-    """How many leaves and rows differ between the ends of two runs."""
-    found = result(workdir)
-    return sum(
-        abs(len(a) - len(b)) + sum(x != y for x, y in zip(a, b, strict=False))
-        for a, b in zip(expected, found, strict=True)
-    )
 
 
 def main(argv: list[str]) -> None:
