@@ -208,8 +208,8 @@ def main(argv: list[str]) -> None:
         else:
             images = {split: flag.value for split, flag in IMAGES.items()}
             print(prepare_imagenet_rehearsal(data_dir, images, SEED.value))
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError, RuntimeError) as error:  # the last of array_record
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -475,7 +475,7 @@ def test_a_damaged_description_is_a_sentence(name, text, old, rehearsal, tmp_pat
     shutil.copytree(rehearsal, tmp_path / "made")
     (path,) = (tmp_path / "made").glob("imagenet2012/*")
     (path / name).write_text(text)
-    with pytest.raises(UserError, match=r"/imagenet2012.* holds no whole data set: rem"):
+    with pytest.raises(UserError, match=r"/imagenet2012.* holds no whole data set: "):
         prepare.opened("imagenet2012", str(tmp_path / "made"))
 
 
@@ -535,6 +535,30 @@ def test_a_killed_program_leaves_nothing_that_looks_prepared(tmp_path):
     assert not tfds.builder("imagenet2012", data_dir=tmp_path).is_prepared()
     report = prepare.prepare_imagenet_rehearsal(str(tmp_path), {"train": 5}, 0)
     assert report.startswith("imagenet2012 is prepared: 5 train images, ")
+
+
+@pytest.mark.parametrize("name", ["imagenet_rehearsal", "from_tfrecord"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(name, old, tmp_path):
+    """A limit on the size of a file stands in for it."""
+    program = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"sys.path.insert(0, {str(pathlib.Path(prepare.__file__).parent)!r})\n"
+        f"runpy.run_path({prepare.__file__!r}, run_name='__main__')\n"
+    )
+    arguments = [f"--name={name}", f"--data_dir={tmp_path}", f"--source={old[1]}"]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert f"write() failed: File too large; writing {tmp_path}" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("imagenet2012/*"))
 
 
 REHEARSAL = "--name=imagenet_rehearsal"
