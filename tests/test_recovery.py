@@ -260,6 +260,8 @@ def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
     there = (tmp_path / "config.json").read_text()
     assert json.loads(there)["seed"] == tiny().seed
     claim_workdir(tmp_path, tiny())
+    advised = {"data.broken_images": "skip", "data.max_pixels": 10**9}
+    claim_workdir(tmp_path, tiny(**advised))  # by what ended the run
     with pytest.raises(UserError, match="holds a run with other settings"):
         claim_workdir(tmp_path, tiny(seed=4))
     assert (tmp_path / "config.json").read_text() == there
