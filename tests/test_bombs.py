@@ -100,6 +100,7 @@ BOMBS = {
     "WebP": webp(LARGE, LARGE),
     "WebP, lossless": webp(LARGE, LARGE, lossless=True),
     "WebP, animated": webp(LARGE, LARGE, **ANIMATED),
+    "WebP, canvas": webp(2**23, 2**23, **ANIMATED),
     "GIF, screen": gif(LARGE, LARGE, 6),
     "GIF, frame": gif(LARGE, LARGE, encoded("GIF", PIXELS[..., 0]).index(FRAME) + 5),
     "BMP": bmp(LARGE, LARGE),
@@ -128,7 +129,8 @@ def read(contents, max_pixels=headers.MAX_PIXELS):
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_says_that_it_is_too_large_is_refused(name):
-    height, width = (1, LARGE**2) if name == "PNG, wide" else (LARGE, LARGE)
+    odd = {"PNG, wide": (1, LARGE**2), "WebP, canvas": (2**23, 2**23)}
+    height, width = odd.get(name, (LARGE, LARGE))
     assert read(BOMBS[name]) == 3 * [
         f"says {width} x {height} pixels, more than config.data.max_pixels 64,000,000"
     ]
@@ -188,6 +190,11 @@ def test_a_jpeg_of_endless_scans_is_refused():
     assert "scans" not in read(with_scans(80))[0]
     comment = encoded("JPEG", comment=b"\xff\xda" * 200)
     assert decode(comment, 3).shape == (60, 80, 3)
+    assert decode(encoded("JPEG") + b"\0\0" + b"\xff\xda\0\2" * 200, 3).shape == (
+        60,
+        80,
+        3,
+    )
 
 
 def test_a_jpeg_of_two_sizes_is_refused_by_either():
@@ -197,6 +204,11 @@ def test_a_jpeg_of_two_sizes_is_refused_by_either():
     for first, second in ((small, large), (large, small)):
         both = first[: frame.stop] + second[frame] + first[frame.stop :]
         assert all(isinstance(result, str) for result in read(both))
+
+
+def test_an_image_of_another_size_than_it_said_is_refused():
+    with pytest.raises(BrokenImage, match="has two sizes"):
+        decoding._read(encoded("PNG"), 3, 60, 81)
 
 
 OTHERS = ["EPS", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "PDF"]

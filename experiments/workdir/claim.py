@@ -14,7 +14,7 @@ __all__ = ["FREE", "claim_workdir"]
 FREE = ("data.broken_images", "data.dir", "data.max_pixels", "data.workers")
 """Fields that change nothing about the result but for images that cannot be read.
 
-A run may go on with others: it ends at such an image with the advice to set two of them.
+A run may go on with others: where it ends at such an image, two of them are advised.
 """
 
 

@@ -111,9 +111,7 @@ def _records(file: BinaryIO) -> Iterator[bytes]:
     while (start := file.tell()) < size:
         head = file.read(12).ljust(12, b"\0")
         (length,) = struct.unpack("<Q", head[:8])
-        if start + 12 > size or _checksum(head[:8]) != head[8:]:
-            raise _damaged(file, start)
-        if start + length + 16 > size:
+        if _checksum(head[:8]) != head[8:] or start + length + 16 > size:
             raise _damaged(file, start)
         record = file.read(length)
         if _checksum(record) != file.read(4):
