@@ -190,11 +190,8 @@ def test_a_jpeg_of_endless_scans_is_refused():
     assert "scans" not in read(with_scans(80))[0]
     comment = encoded("JPEG", comment=b"\xff\xda" * 200)
     assert decode(comment, 3).shape == (60, 80, 3)
-    assert decode(encoded("JPEG") + b"\0\0" + b"\xff\xda\0\2" * 200, 3).shape == (
-        60,
-        80,
-        3,
-    )
+    trailing = encoded("JPEG") + b"\0\0" + b"\xff\xda\0\2" * 200
+    assert decode(trailing, 3).shape == (60, 80, 3)
 
 
 def test_a_jpeg_of_two_sizes_is_refused_by_either():
