@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.in_memory = False  # decode every image once and keep it
     config.data.workers = placeholder(int)  # processes that decode, else, on each host
     config.data.broken_images = "stop"  # or "skip": leave them out, and count them
+    config.data.max_pixels = 64_000_000  # most pixels of an image, by its header
     config.data.mean = (0.0,)  # of the pixels in [0, 1], one number per channel
     config.data.std = (1.0,)
     config.data.augmentation = "none"  # "none", "shift" or "resized_crop"

@@ -131,13 +131,14 @@ def opened(name: str, data_dir: str | None) -> Any:
     Raises:
         UserError: If it is there, but cannot be read without TensorFlow.
     """
-    path = tfds.builder(name, data_dir=data_dir).data_path
-    if not path.exists():
-        return None
     mend = "remove that folder, or name another one with --data_dir=..."
+    path = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     try:
+        path = tfds.builder(name, data_dir=data_dir).data_path
+        if not path.exists():
+            return None
         builder = tfds.builder_from_directory(path)
-    except OSError:
+    except Exception:  # damaged descriptions make TFDS raise anything
         raise UserError(f"{path} holds no whole data set: {mend}") from None
     formats = {x.value for x in builder.info.available_file_formats()}
     if FORMAT not in formats:
@@ -207,8 +208,8 @@ def main(argv: list[str]) -> None:
         else:
             images = {split: flag.value for split, flag in IMAGES.items()}
             print(prepare_imagenet_rehearsal(data_dir, images, SEED.value))
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError, RuntimeError) as error:  # the last of array_record
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ from workdir.claim import FREE, claim_workdir
 from workdir.lock import only_run
 from workdir.monitor import Monitor
 
+MOST_UNREAD = 32  # images in a row that may be broken, in batches with no other
+
 
 def split_over_devices(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``[B, ...]`` to ``[devices, B / devices, ...]``."""
@@ -124,9 +126,34 @@ def evaluate(
     metrics = {"sparsity": float(programs.summary(state).sparsity)}
     for name, parts in jax.device_get(sums).items():
         total = jax.tree.map(lambda *xs: float(sum(x[0] for x in xs)), *parts)
+        skipped = len(data.test) - int(total["images"])
+        if skipped == len(data.test):
+            raise UserError(f"none of the {skipped:,} test images can be read any more")
+        if skipped:
+            metrics["skipped_test_images"] = skipped
         metrics[f"{name}_accuracy"] = total["correct"] / total["images"]
         metrics[f"{name}_loss"] = total["loss"] / total["images"]
     return metrics
+
+
+def unread_in_a_row(before: int, valid: np.ndarray) -> int:
+    """How many images, up to and with this batch, were read by none.
+
+    Args:
+        before: The same of the batch before.
+        valid: Which of this process's images of the batch could be read.
+
+    Raises:
+        UserError: If they are so many that it is not the images that are broken.
+    """
+    unread = 0 if valid.any() else before + len(valid)
+    if unread >= MOST_UNREAD:
+        raise UserError(
+            f"the last {unread:,} images could not be read: see whether the data is "
+            "still where config.data.dir says; the same command goes on from the last "
+            "checkpoint"
+        )
+    return unread
 
 
 def summarise(
@@ -169,6 +196,17 @@ def summarise(
         "skipped_images": int(sum(row["skipped_images"] for row in rows)),
     }
     return means | {name: count for name, count in counts.items() if count}
+
+
+def images_of(data: sources.Data) -> str:
+    """How many images there are, and how many were left out before the start."""
+    text = f"{len(data.train):,} to train on, {len(data.test):,} to test on"
+    if data.skipped_train or data.skipped_test:
+        text += (
+            f", without {data.skipped_train:,} and {data.skipped_test:,} that could "
+            "not be read"
+        )
+    return text
 
 
 @contextlib.contextmanager
@@ -224,7 +262,7 @@ def _train_and_evaluate(
         job,
         {
             "workdir": workdir,
-            "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+            "images": images_of(data),
             "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
             "kernel weights": f"{st3jax.summary(state.params).weights:,}",
             "steps": f"{start:,} to {steps:,}, {steps_per_epoch:,} an epoch",
@@ -258,12 +296,13 @@ def _train_and_evaluate(
             tests = test(start)
             monitor.record_once(start, tests)
         recent: list[Any] = []
-        since, waited = time.monotonic(), 0.0
+        since, waited, unread = time.monotonic(), 0.0, 0
         for step in range(start + 1, steps + 1):
             before = time.monotonic()
             with asked_to_stop.waiting():
                 batch = next(batches)
             waited += time.monotonic() - before
+            unread = unread_in_a_row(unread, batch["valid"])
             state, metrics = programs.train_step(state, split_over_devices(batch))
             recent.append(metrics)
             last, stops = step == steps, asked_to_stop(step)

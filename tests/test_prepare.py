@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pathlib
 import shutil
 import struct
@@ -386,15 +387,96 @@ def test_converted_records_are_the_same(old, rehearsal, tmp_path):
         prepare.prepare_from_tfrecord(str(old[1]), str(tmp_path))
 
 
-def test_a_shard_that_is_cut_off_is_named_and_leaves_nothing(old, tmp_path):
-    cut = tmp_path / "cut"
-    shutil.copytree(old[1], cut)
-    shard = next(cut.glob("*-train.tfrecord-*"))
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"\d+ whole records, not 60: it is") as error:
-        prepare.prepare_from_tfrecord(str(cut), str(tmp_path / "new"))
-    assert str(shard) in str(error.value)
+def flipped(contents, place):
+    return contents[:place] + bytes([contents[place] ^ 16]) + contents[place + 1 :]
+
+
+def length_of(contents, start=0):
+    """Of a record, with what TFRecord writes around it."""
+    return 16 + int.from_bytes(contents[start : start + 8], "little")
+
+
+SHARDS = {  # what happens to a file, where it is damaged
+    "cut": (lambda x: x[:-9], lambda x: len(x) - length_of_last(x)),
+    "cut in the second head": (lambda x: x[: length_of(x) + 5], length_of),
+    "a bit of a length": (lambda x: flipped(x, 2), lambda x: 0),
+    "a bit of its checksum": (lambda x: flipped(x, 9), lambda x: 0),
+    "a bit of the first record": (lambda x: flipped(x, 60), lambda x: 0),
+    "a bit of the second record": (lambda x: flipped(x, length_of(x) + 60), length_of),
+    "a bit of the last checksum": (
+        lambda x: flipped(x, len(x) - 1),
+        lambda x: len(x) - length_of_last(x),
+    ),
+    "an endless record": (
+        lambda x: (2**62).to_bytes(8, "little") + checksum(bytes(7) + b"@") + x,
+        lambda x: 0,
+    ),
+    "zeros behind": (lambda x: x + bytes(64), len),
+}
+
+
+def length_of_last(contents):
+    start = 0
+    while start + length_of(contents, start) < len(contents):
+        start += length_of(contents, start)
+    return length_of(contents, start)
+
+
+@pytest.mark.parametrize(("damage", "place"), SHARDS.values(), ids=SHARDS)
+def test_a_damaged_shard_is_named_with_the_place_and_leaves_nothing(
+    damage, place, old, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(old[1], copy)
+    shard = next(copy.glob("*-train.tfrecord-*"))
+    contents = shard.read_bytes()
+    shard.write_bytes(damage(contents))
+    with pytest.raises(UserError) as error:
+        prepare.prepare_from_tfrecord(str(copy), str(tmp_path / "new"))
+    assert str(error.value).startswith(
+        f"{shard} is damaged, or cut off, in the record that begins at byte "
+        f"{place(contents):,}: copy it again"
+    )
     assert not list((tmp_path / "new" / "imagenet2012").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda x: x.unlink(), "is missing: copy"),
+        (lambda x: (x.unlink(), os.mkfifo(x)), "is missing: copy"),
+        (lambda x: x.write_bytes(b""), "has 0 records, not 60: it"),
+        (lambda x: x.write_bytes(2 * x.read_bytes()), "has 120 records, not 60: it"),
+    ],
+)
+def test_a_shard_without_its_records_is_named_and_leaves_nothing(
+    change, sentence, old, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(old[1], copy)
+    shard = next(copy.glob("*-train.tfrecord-*"))
+    change(shard)
+    with pytest.raises(UserError) as error:
+        prepare.prepare_from_tfrecord(str(copy), str(tmp_path / "new"))
+    assert str(error.value).startswith(f"{shard} {sentence}")
+    assert not list((tmp_path / "new" / "imagenet2012").iterdir())
+
+
+DESCRIPTIONS = ["", "{", "[]", "{}", "\0", '{"name": 3}', '{"splits": [{"name": "a"}]}']
+
+
+@pytest.mark.parametrize("text", DESCRIPTIONS)
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_damaged_description_is_a_sentence(name, text, old, rehearsal, tmp_path):
+    shutil.copytree(old[1], tmp_path / "old")
+    (tmp_path / "old" / name).write_text(text)
+    with pytest.raises(UserError, match="old holds no data set of TFDS: --sou"):
+        prepare.prepare_from_tfrecord(str(tmp_path / "old"), str(tmp_path / "new"))
+    shutil.copytree(rehearsal, tmp_path / "made")
+    (path,) = (tmp_path / "made").glob("imagenet2012/*")
+    (path / name).write_text(text)
+    with pytest.raises(UserError, match=r"/imagenet2012.* holds no whole data set: "):
+        prepare.opened("imagenet2012", str(tmp_path / "made"))
 
 
 def test_what_is_not_tfrecord_is_not_converted(rehearsal, tmp_path):
@@ -453,6 +535,30 @@ def test_a_killed_program_leaves_nothing_that_looks_prepared(tmp_path):
     assert not tfds.builder("imagenet2012", data_dir=tmp_path).is_prepared()
     report = prepare.prepare_imagenet_rehearsal(str(tmp_path), {"train": 5}, 0)
     assert report.startswith("imagenet2012 is prepared: 5 train images, ")
+
+
+@pytest.mark.parametrize("name", ["imagenet_rehearsal", "from_tfrecord"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(name, old, tmp_path):
+    """A limit on the size of a file stands in for it."""
+    program = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"sys.path.insert(0, {str(pathlib.Path(prepare.__file__).parent)!r})\n"
+        f"runpy.run_path({prepare.__file__!r}, run_name='__main__')\n"
+    )
+    arguments = [f"--name={name}", f"--data_dir={tmp_path}", f"--source={old[1]}"]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert f"write() failed: File too large; writing {tmp_path}" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("imagenet2012/*"))
 
 
 REHEARSAL = "--name=imagenet_rehearsal"

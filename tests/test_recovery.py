@@ -203,6 +203,8 @@ def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
     there = (tmp_path / "config.json").read_text()
     assert json.loads(there)["seed"] == tiny().seed
     claim_workdir(tmp_path, tiny())
+    advised = {"data.broken_images": "skip", "data.max_pixels": 10**9}
+    claim_workdir(tmp_path, tiny(**advised))  # by what ended the run
     with pytest.raises(UserError, match="holds a run with other settings"):
         claim_workdir(tmp_path, tiny(seed=4))
     assert (tmp_path / "config.json").read_text() == there
@@ -252,6 +254,27 @@ def test_kernels_of_which_nothing_is_left_are_named_once(tmp_path):
     assert len(told) == 2
     assert told[0].startswith("step 2: every weight is zero in stem/kernel, mlp/kern")
     assert told[1].startswith("step 3: every weight is zero in mlp/kernel[2], so that")
+
+
+def test_images_that_are_left_out_are_told_when_they_are_twice_as_many(tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    with monitor.Monitor(tmp_path, console, 0, 99) as logs:
+        for step, skipped in enumerate([0, 3, 0, 2, 1, 4], start=1):
+            logs.record(step, {"train_loss": 0.5, "skipped_images": skipped})
+        for step in (7, 8):
+            logs.record(step, {"skipped_test_images": 2})
+    with monitor.Monitor(tmp_path, console, 5, 99) as logs:  # as after a kill
+        logs.record(6, {"skipped_images": 5})
+        logs.record(7, {"skipped_images": 1})
+    told = [line for line in console.file.getvalue().splitlines() if "left out" in line]
+    so_far = "left out so far, for they could not be read"
+    assert told == [
+        f"step 2: training images {so_far}: 3",
+        f"step 5: training images {so_far}: 6",
+        f"step 7: test images {so_far}: 2",
+        f"step 7: training images {so_far}: 12",
+    ]
+    assert monitor.skipped_images(monitor.read_metrics(tmp_path)) == 12
 
 
 @contextlib.contextmanager

@@ -127,6 +127,89 @@ def test_an_ended_run_reports_again_without_training(finished, monkeypatch):
     assert report == finished[1] | {"test_accuracy": 0.125}
 
 
+class Damaged:
+    """A source of which some images cannot be read, or none any more."""
+
+    def __init__(self, source, broken=()):
+        self.source = source
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise sources.Unreadable(f"the image {index} cannot be read", "mend it")
+        return self.source[index]
+
+
+@pytest.fixture
+def damaged(monkeypatch):
+    """The configuration of a run, and its data, of which images may be broken."""
+    config = tiny(**{"data.in_memory": False, "data.broken_images": "skip"})
+    data = sources.load(config)
+    data = data._replace(train=Damaged(data.train), test=Damaged(data.test))
+    monkeypatch.setattr(sources, "load", lambda config: data)
+    return config, data
+
+
+def test_images_that_are_left_out_are_told(damaged, tmp_path, monkeypatch, capsys):
+    config, data = damaged
+    data.train.broken = range(5, 1000, 100)
+    data.test.broken = {7, 8}
+    whole = train.train_and_evaluate(config, tmp_path / "whole")
+    rows = read_metrics(tmp_path / "whole")
+    skipped = sum(row.get("skipped_images", 0) for row in rows)
+    assert 20 <= skipped <= 30  # of 10 in each of 3 epochs, some that fill no batch
+    assert (whole["skipped_images"], whole["skipped_test_images"]) == (skipped, 2)
+    assert {x["skipped_test_images"] for x in rows if "test_loss" in x} == {2}
+    out = " ".join(capsys.readouterr().out.split())
+    left_out = "images left out, for they could not be read:"
+    assert f"{left_out} {skipped} while training, 2 of the test images report" in out
+    assert "test images left out so far, for they could not be read: 2 " in out
+
+    train_and_interrupt(config, tmp_path / "parts", monkeypatch)
+    assert train.train_and_evaluate(config, tmp_path / "parts") == whole
+    assert train.train_and_evaluate(config, tmp_path / "parts") == whole  # ended
+
+
+def test_a_run_whose_data_is_gone_ends(damaged, tmp_path, monkeypatch):
+    config, data = damaged
+    split, calls = train.split_over_devices, []
+
+    def gone_after(batch):
+        calls.append(batch)
+        if len(calls) == 25:
+            data.train.broken = range(len(data.train))
+        return split(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "split_over_devices", gone_after)
+        with pytest.raises(UserError, match=r"^the last 64 images could not be read: "):
+            train.train_and_evaluate(config, tmp_path)
+    assert last_state(tmp_path)[0] == 22
+    data.train.broken, data.test.broken = (), range(len(data.test))
+    with pytest.raises(UserError, match=r"none of the 359 test images can be read any"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_a_batch_of_broken_images_is_no_reason_to_end_yet():
+    valid, none = np.array([False, True] * 5), np.zeros(10, bool)
+    assert train.unread_in_a_row(22, valid) == 0
+    assert train.unread_in_a_row(0, none) == 10
+    assert train.unread_in_a_row(21, none) == 31
+    with pytest.raises(UserError, match="the last 32 images could not be read"):
+        train.unread_in_a_row(22, none)
+
+
+def test_images_that_no_memory_holds_are_told_and_counted():
+    data = sources.Data([1] * 3000, [1] * 4, 10)
+    assert train.images_of(data) == "3,000 to train on, 4 to test on"
+    assert train.images_of(data._replace(skipped_test=1)) == (
+        "3,000 to train on, 4 to test on, without 0 and 1 that could not be read"
+    )
+
+
 def test_the_dense_network_has_no_zeros(tmp_path):
     report = train.train_and_evaluate(tiny(**{"sparsity.method": "none"}), tmp_path)
     assert report["sparsity"] == 0.0

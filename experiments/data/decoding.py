@@ -10,34 +10,26 @@ to the wanted size, less than a factor of two, is linear interpolation.
 EXIF orientation is not looked at.
 """
 
-import contextlib
-import io
 import math
-import struct
-import zlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from data.headers import MAX_PIXELS, START_OF_JPEG, BrokenImage, by_pillow, size_of
 
 __all__ = ["BrokenImage", "decode", "random_resized_crop", "resized_centre"]
 
 CENTRE = 224 / 256  # share of the shorter side that evaluation looks at
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 COLOURS = {1: "GRAY", 3: "RGB"}  # simplejpeg's, by channels
-START_OF_JPEG = b"\xff\xd8\xff"
 BASELINE, SCAN, RESTARTS = (0xC0, 0xC1), 0xDA, 0xDD  # markers of segments in a JPEG
 DAMAGE = ("Corrupt JPEG data", "Premature end")  # how libjpeg-turbo's words begin
 SMALLEST = 8  # a JPEG is decoded at 1/8 of its size, or more
 
 cv2.setNumThreads(0)  # callers have processes and threads of their own
-
-
-class BrokenImage(ValueError):  # noqa: N818  it names the image, not the mistake
-    """Bytes that are no image, or not all of one."""
 
 
 class Box(NamedTuple):
@@ -49,24 +41,29 @@ class Box(NamedTuple):
     bottom: float
 
 
-def decode(encoded: bytes, channels: int) -> np.ndarray:
+def decode(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The whole image.
 
     Args:
         encoded: Contents of an image file.
         channels: 1 for grey, 3 for RGB, whatever the file holds.
+        max_pixels: The most that an image may have, by its header.
 
     Returns:
         uint8 [H, W, channels].
 
     Raises:
-        BrokenImage: If the bytes are no image, or not all of one.
+        BrokenImage: If the bytes are no image, or not all of one, or too large.
     """
-    return _read(encoded, channels, *_size(encoded))
+    return _read(encoded, channels, *size_of(encoded, max_pixels))
 
 
 def random_resized_crop(
-    encoded: bytes, channels: int, size: int, rng: np.random.Generator
+    encoded: bytes,
+    channels: int,
+    size: int,
+    rng: np.random.Generator,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resized.
 
@@ -75,19 +72,22 @@ def random_resized_crop(
         channels: 1 for grey, 3 for RGB, whatever the file holds.
         size: Height and width of the result.
         rng: Draws the part, which depends on nothing else but the image's size.
+        max_pixels: The most that an image may have, by its header.
 
     Returns:
         uint8 [size, size, channels].
 
     Raises:
-        BrokenImage: If the bytes are no image, or not all of one.
+        BrokenImage: If the bytes are no image, or not all of one, or too large.
     """
-    height, width = _size(encoded)
+    height, width = size_of(encoded, max_pixels)
     box = _random_box(height, width, rng) or _centre_box(height, width)
     return _resized(encoded, channels, height, width, box, size)
 
 
-def resized_centre(encoded: bytes, channels: int, size: int) -> np.ndarray:
+def resized_centre(
+    encoded: bytes, channels: int, size: int, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """The central square, with a margin cut off, resized.
 
     An image that has the wanted size already is returned as it is.
@@ -96,14 +96,15 @@ def resized_centre(encoded: bytes, channels: int, size: int) -> np.ndarray:
         encoded: Contents of an image file.
         channels: 1 for grey, 3 for RGB, whatever the file holds.
         size: Height and width of the result.
+        max_pixels: The most that an image may have, by its header.
 
     Returns:
         uint8 [size, size, channels].
 
     Raises:
-        BrokenImage: If the bytes are no image, or not all of one.
+        BrokenImage: If the bytes are no image, or not all of one, or too large.
     """
-    height, width = _size(encoded)
+    height, width = size_of(encoded, max_pixels)
     if (height, width) == (size, size):
         return _read(encoded, channels, height, width)
     box = _centre_box(height, width)
@@ -159,16 +160,6 @@ def _interpolate(pixels: np.ndarray, box: Box, size: int) -> np.ndarray:
     return resized.reshape(size, size, -1)
 
 
-def _size(encoded: bytes) -> tuple[int, int]:
-    """Height and width."""
-    if encoded.startswith(START_OF_JPEG):
-        with contextlib.suppress(ValueError, KeyError):  # Pillow has to try
-            height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
-            return height, width
-    with _opened(encoded) as image:
-        return image.height, image.width
-
-
 def _read(
     encoded: bytes,
     channels: int,
@@ -195,8 +186,8 @@ def _read(
         pixels = _read_jpeg(encoded, channels, height, width, scale, rows)
         if pixels is not None:
             return _averaged(pixels, factor // scale)
-    with _opened(encoded) as image:
-        pixels = np.array(_eight_bits(image).convert(MODES[channels]))
+    mode = MODES[channels]
+    pixels = by_pillow(encoded, lambda x: _converted(x, height, width, mode))
     return _averaged(pixels.reshape(*pixels.shape[:2], channels), factor)
 
 
@@ -265,25 +256,18 @@ def _replaced(encoded: bytes, place: slice, number: int) -> bytes:
     return encoded[: place.start] + number.to_bytes(2) + encoded[place.stop :]
 
 
-@contextlib.contextmanager
-def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The image by Pillow; what Pillow finds wrong with it is told as BrokenImage."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise BrokenImage("no image of a known format") from None
-    except (
-        *(OSError, SyntaxError, ValueError, EOFError),
-        *(struct.error, zlib.error, Image.DecompressionBombError),
-    ) as error:
-        raise BrokenImage(str(error)) from None
+def _converted(image: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
+    """The pixels in a mode of Pillow's, of an image that has the size that it said."""
+    if image.size != (width, height):
+        raise BrokenImage("has two sizes")
+    image = _eight_bits(image)
+    return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of a mode that converts to grey and RGB without loss of sense."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-        high = np.asarray(image).astype(np.int64) >> 8
+        high = np.asarray(image) >> 8
         return Image.fromarray(high.clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         return image.convert("RGBA")

@@ -10,15 +10,16 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, Self
 
 import grain
 import jax
 import ml_collections
 import numpy as np
 
-from data.decoding import BrokenImage, random_resized_crop, resized_centre
-from data.sources import Data, broken
+from data.decoding import random_resized_crop, resized_centre
+from data.sources import Data, Unreadable, read
+from errors import UserError
 
 __all__ = ["steps_per_epoch", "test_batches", "train_batches"]
 
@@ -33,6 +34,7 @@ class _Load(grain.transforms.RandomMap):
         self.source = source
         self.size = config.data.image_size
         self.channels = len(config.data.mean)
+        self.max_pixels = config.data.max_pixels
         self.stop = config.data.broken_images == "stop"
 
     def map(self, index: int) -> dict[str, Any]:
@@ -44,22 +46,23 @@ class _Load(grain.transforms.RandomMap):
         image = np.zeros((self.size, self.size, self.channels), np.uint8)
         if index >= len(self.source):
             return _example(image, 0, valid=False)
-        example = self.source[index]
         try:
-            image = self.pixels(example["image"], rng)
-        except BrokenImage as error:
+            example = read(self.source, index, lambda x: self.pixels(x, rng))
+        except Unreadable:
             if self.stop:
-                raise broken(example["name"], error) from None
+                raise
             return _example(image, 0, valid=False)
-        return _example(image, example["label"], valid=True)
+        return _example(example["image"], example["label"], valid=True)
 
     def pixels(self, image: Any, rng: np.random.Generator | None) -> Any:
         """Decodes and crops; pixels that are kept in memory are as they must be."""
         if isinstance(image, np.ndarray):
             return image
         if rng is not None:
-            return random_resized_crop(image, self.channels, self.size, rng)
-        return resized_centre(image, self.channels, self.size)
+            return random_resized_crop(
+                image, self.channels, self.size, rng, self.max_pixels
+            )
+        return resized_centre(image, self.channels, self.size, self.max_pixels)
 
 
 def _example(image: Any, label: int, valid: bool) -> dict[str, Any]:
@@ -93,6 +96,32 @@ def _iterate(stream: Any, config: ml_collections.ConfigDict) -> Any:
     return stream.to_iter_dataset(ahead).mp_prefetch(workers, _obey_parent)
 
 
+class _Batches:
+    """An iterator of Grain's that says in a sentence if a worker process is lost."""
+
+    def __init__(self, stream: Any, config: ml_collections.ConfigDict):
+        self._batches = iter(_iterate(stream, config))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "exit code" not in str(error):
+                raise
+            raise UserError(
+                "a process that decodes images has ended before its time, as one that "
+                "is killed when memory runs out: with fewer config.data.workers the "
+                "same command goes on from the last checkpoint"
+            ) from None
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.close()
+
+
 def _obey_parent(worker: int, workers: int) -> None:
     """Leaves signals to the parent of this worker process, and ends when it does."""
     del worker, workers
@@ -109,24 +138,24 @@ def _obey_parent(worker: int, workers: int) -> None:
 
 def train_batches(
     data: Data, config: ml_collections.ConfigDict, start: int, stop: int | None = None
-) -> Any:
+) -> _Batches:
     """This process's part of the batches from number ``start`` to before ``stop``.
 
     Without ``stop`` they do not end. Each epoch has every image once, in another order
     and cropped otherwise, but for those that fill no batch.
 
     Returns:
-        Grain iterator, to be closed after use, of ``{"image": uint8 [B, H, W, C],
+        Iterator, to be closed after use, of ``{"image": uint8 [B, H, W, C],
         "label": int32 [B], "valid": bool [B]}``, with B the batch size by the number of
         processes; an image that is left out as broken is not valid.
     """
     images = steps_per_epoch(data, config) * config.batch_size
     order = grain.MapDataset.range(len(data.train)).seed(config.seed).shuffle()
     stream = _stream(data.train, order[:images], config, train=True)
-    return iter(_iterate(stream.repeat()[start:stop], config))
+    return _Batches(stream.repeat()[start:stop], config)
 
 
-def test_batches(data: Data, config: ml_collections.ConfigDict) -> Any:
+def test_batches(data: Data, config: ml_collections.ConfigDict) -> _Batches:
     """This process's part of the test images: each exactly once over all processes.
 
     Returns:
@@ -134,4 +163,4 @@ def test_batches(data: Data, config: ml_collections.ConfigDict) -> Any:
     """
     batches = -(-len(data.test) // config.batch_size)
     order = grain.MapDataset.range(batches * config.batch_size).seed(config.seed)
-    return iter(_iterate(_stream(data.test, order, config, train=False), config))
+    return _Batches(_stream(data.test, order, config, train=False), config)

@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import ml_collections
@@ -16,13 +16,15 @@ import tensorflow_datasets as tfds
 
 from data.builders.digits import Digits
 from data.decoding import BrokenImage, resized_centre
+from data.files import read_file
 from errors import UserError
 
-__all__ = ["Data", "load"]
+__all__ = ["Data", "Unreadable", "load", "read"]
 
 BUILDERS = {"digits": Digits}
 FOLDER = "folder"
 SKIP_DECODING = {"image": tfds.decode.SkipDecoding()}
+MOST_TRIED = 1000  # images of a split before none of it counts as readable
 
 
 class Source(Protocol):
@@ -32,7 +34,7 @@ class Source(Protocol):
         """How many there are."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``{"image", "label", "name"}``."""
+        """``{"image", "label", "name"}``, or Unreadable."""
 
 
 class Data(NamedTuple):
@@ -42,11 +44,22 @@ class Data(NamedTuple):
         train: Random-access source of training examples.
         test: Random-access source of test examples.
         num_classes: Number of labels.
+        skipped_train: Training examples that are not among them, as broken.
+        skipped_test: Test examples that are not among them, as broken.
     """
 
     train: Source
     test: Source
     num_classes: int
+    skipped_train: int = 0
+    skipped_test: int = 0
+
+
+class Unreadable(UserError):  # noqa: N818  it is about the image
+    """An image that cannot be read: what is the matter, and what to do."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 def load(config: ml_collections.ConfigDict) -> Data:
@@ -56,58 +69,94 @@ def load(config: ml_collections.ConfigDict) -> Data:
         UserError: If the data set is unknown, not prepared yet, or does not fit the
             configuration.
     """
-    opened = _open_folder(config) if config.data.name == FOLDER else _open_tfds(config)
-    if config.data.in_memory:
-        train, test = (_decoded(source, config) for source in opened[:2])
-        opened = opened._replace(train=train, test=test)
-    if not len(opened.test):
+    data = _open_folder(config) if config.data.name == FOLDER else _open_tfds(config)
+    if not len(data.test):
         raise UserError(
             f"config.data.test_split {config.data.test_split!r} of "
             f"{config.data.name!r} has no image: name a split to test on"
         )
-    if len(opened.train) < config.batch_size:
+    if config.data.in_memory:
+        train, test = (_decoded(source, len(source), config) for source in data[:2])
+        skipped = len(data.train) - len(train), len(data.test) - len(test)
+        data = Data(train, test, data.num_classes, *skipped)
+    else:
+        for source in data[:2]:
+            _decoded(source, 1, config)
+    if len(data.train) < config.batch_size:
+        left_out = f", without {data.skipped_train:,} that cannot be read"
         raise UserError(
             f"config.batch_size {config.batch_size} is more than the "
-            f"{len(opened.train):,} training images of {config.data.name!r}: make it "
-            "smaller"
+            f"{len(data.train):,} training images of {config.data.name!r}"
+            f"{left_out if data.skipped_train else ''}: make it smaller"
         )
-    return opened
+    return data
 
 
-def _decoded(source: Source, config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-    """Every example with its pixels, as large as the network's input."""
-    examples = []
-    for i in range(len(source)):
-        example = source[i]
+def _decoded(
+    source: Source, wanted: int, config: ml_collections.ConfigDict
+) -> list[dict[str, Any]]:
+    """So many examples, with pixels as large as the network's input.
+
+    Raises:
+        Unreadable: At the first image that cannot be read and is not to be left out.
+        UserError: If none can be read.
+    """
+    size, channels = config.data.image_size, len(config.data.mean)
+    most = config.data.max_pixels
+    examples: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for index in range(len(source)):
+        if len(examples) == wanted or (not examples and index == MOST_TRIED):
+            break
         try:
-            image = resized_centre(
-                example["image"], len(config.data.mean), config.data.image_size
+            examples.append(
+                read(source, index, lambda x: resized_centre(x, channels, size, most))
             )
-        except BrokenImage as error:
+        except Unreadable as error:
             if config.data.broken_images == "stop":
-                raise broken(example["name"], error) from None
-            continue
-        examples.append({**example, "image": image})
+                raise
+            faults.append(error.args[0])
+    if faults and not examples:
+        raise UserError(
+            f"config.data.broken_images is 'skip', but none of {len(faults):,} images "
+            f"can be read: {faults[0]}"
+        )
     return examples
 
 
-def broken(name: str, error: BrokenImage) -> UserError:
+def read(source: Source, index: int, pixels: Callable[[Any], Any]) -> dict[str, Any]:
+    """An example, with what ``pixels`` makes of its image.
+
+    Raises:
+        Unreadable: If the source, or ``pixels``, cannot read it.
+    """
+    example = source[index]
+    try:
+        return {**example, "image": pixels(example["image"])}
+    except BrokenImage as error:
+        raise _unreadable(example["name"], error, "replace it") from None
+
+
+def _unreadable(name: str, error: Exception, mend: str) -> Unreadable:
     """What ends a run at an image that cannot be read."""
-    return UserError(
-        f"the image {name} cannot be read ({error}): replace it, or leave such images "
-        "out with --config.data.broken_images=skip"
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return Unreadable(
+        f"the image {name} cannot be read ({reason})",
+        f"{mend}, or leave such images out with --config.data.broken_images=skip",
     )
 
 
 class _Folder:
     """Images in class folders; the label is the class's place in sorted order."""
 
-    def __init__(self, root: pathlib.Path, classes: Sequence[str]):
+    def __init__(self, root: pathlib.Path, classes: Sequence[str], max_pixels: int):
         self.root = root
+        self.max_pixels = max_pixels
+        there = _visible(root, folders=True)
         self.files = [
             (f"{name}/{file}", label)
             for label, name in enumerate(classes)
-            if (root / name).is_dir()
+            if name in there
             for file in sorted(_visible(root / name, folders=False))
         ]
 
@@ -116,25 +165,47 @@ class _Folder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, label = self.files[index]
-        path = self.root / file
-        return {"image": path.read_bytes(), "label": label, "name": str(path)}
+        path = str(self.root / file)
+        try:
+            image = read_file(path, self.max_pixels)
+        except BrokenImage as error:
+            raise _unreadable(path, error, "replace it") from None
+        return {"image": image, "label": label, "name": path}
 
 
 def _visible(folder: pathlib.Path, folders: bool) -> list[str]:
-    """Names of the folders, or of the files, in a folder; hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return [
-            entry.name
-            for entry in entries
-            if entry.is_dir() == folders and not entry.name.startswith(".")
-        ]
+    """Names of the folders, or of all else, in a folder; hidden ones left out.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                entry.name
+                for entry in entries
+                if _is_folder(entry) == folders and not entry.name.startswith(".")
+            ]
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be read ({error.strerror or error}): see "
+            "whether it is there, and whether you may list it"
+        ) from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for example
+        return False
 
 
 def _open_folder(config: ml_collections.ConfigDict) -> Data:
     root = pathlib.Path(config.data.dir)
     splits = [root / config.data.train_split, root / config.data.test_split]
     for split in splits:
-        if not split.is_dir() or not _visible(split, folders=True):
+        if not os.path.isdir(split) or not _visible(split, folders=True):
             raise UserError(
                 f"there are no class folders in {split}: config.data.dir holds "
                 "<split>/<class>/<image>, and config.data.train_split and test_split "
@@ -147,35 +218,56 @@ def _open_folder(config: ml_collections.ConfigDict) -> Data:
             f"the class {strangers[0]!r} is in {splits[1]} but not in {splits[0]}: "
             "every class to test on is one to train on"
         )
-    train, test = (_Folder(split, classes) for split in splits)
+    most = config.data.max_pixels
+    train, test = (_Folder(split, classes, most) for split in splits)
     return Data(train, test, len(classes))
 
 
 class _Records:
     """A split of TFDS, with a name for each example."""
 
-    def __init__(self, source: Any, split: str):
+    def __init__(self, source: Any, split: str, folder: Any):
         self.source = source
-        self.split = split
+        self.place = f"of the split {split!r} in {folder}"
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.source[index]
-        file = example.get("file_name", b"").decode()
-        name = file or f"number {index} of the split {self.split!r}"
-        return {"image": example["image"], "label": example["label"], "name": name}
+        name = f"number {index} {self.place}"
+        try:
+            example = self.source[index]
+            file = example.get("file_name", b"").decode(errors="replace")
+            image, label = example["image"], example["label"]
+        except Exception as error:  # what TFDS raises of a damaged file is anything
+            raise _unreadable(name, error, "prepare the data set again") from None
+        return {"image": image, "label": label, "name": file or name}
+
+
+@contextlib.contextmanager
+def _opening(config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Says in a sentence what TFDS finds wrong with the files of a data set."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged descriptions make it raise anything
+        reason = " ".join(str(error).split())[-300:] or type(error).__name__
+        raise UserError(
+            f"the data set {config.data.name!r} in {config.data.dir or 'its folder'} "
+            f"cannot be opened ({reason}): copy it again, or prepare it again"
+        ) from None
 
 
 def _open_tfds(config: ml_collections.ConfigDict) -> Data:
-    builder = _builder(config)
     name = config.data.name
-    if name in BUILDERS:
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
-            builder.download_and_prepare()
-    else:
-        builder = _prepared(builder, config)
+    with _opening(config):
+        builder = _builder(config)
+        if name in BUILDERS:
+            with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
+                builder.download_and_prepare()
+        else:
+            builder = _prepared(builder, config)
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(
@@ -190,10 +282,23 @@ def _open_tfds(config: ml_collections.ConfigDict) -> Data:
                 f"images of {name!r} have {channels} channels: one for each"
             )
     train, test = (
-        _Records(builder.as_data_source(split, decoders=SKIP_DECODING), split)
+        _records(builder, split)
         for split in (config.data.train_split, config.data.test_split)
     )
     return Data(train, test, features["label"].num_classes)
+
+
+def _records(builder: Any, split: str) -> _Records:
+    """A split whose files are there."""
+    source = builder.as_data_source(split, decoders=SKIP_DECODING)
+    for part in builder.info.splits[split].file_instructions:
+        path = pathlib.Path(part.filename)
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError(
+                f"{path} is {'empty' if path.is_file() else 'missing'}: copy the data "
+                "set again, or prepare it again"
+            )
+    return _Records(source, split, builder.data_path)
 
 
 def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:

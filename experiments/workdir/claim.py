@@ -11,8 +11,11 @@ from workdir.files import cause, replace_file
 
 __all__ = ["FREE", "claim_workdir"]
 
-FREE = ("data.dir", "data.workers")
-"""Fields that change nothing about the result, so a run may go on with others."""
+FREE = ("data.broken_images", "data.dir", "data.max_pixels", "data.workers")
+"""Fields that change nothing about the result but for images that cannot be read.
+
+A run may go on with others: where it ends at such an image, two of them are advised.
+"""
 
 
 def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -6,7 +6,7 @@ import json
 import pathlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from tensorboardX.summary import scalar
 
 from workdir.files import replace_file, writing
 
-__all__ = ["Monitor", "read_metrics"]
+__all__ = ["Monitor", "read_metrics", "skipped_images"]
 
 METRICS = "metrics.jsonl"
 SHOWN = {
@@ -73,6 +73,8 @@ class Monitor:
         self._kept = kept
         self._shown: dict[str, float] = {}
         self._vanished: set[str] = set()
+        self._skipped = self._skipped_told = skipped_images(kept)
+        self._skipped_tests = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -104,6 +106,25 @@ class Monitor:
             if name in self._shown
         )
         self._progress.update(self._task, completed=step, status=status)
+        self._tell_skipped(step, metrics)
+
+    def _tell_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Says that images were left out: at first, and when they are twice as many."""
+        self._skipped += skipped_images([metrics])
+        if self._skipped and self._skipped >= 2 * self._skipped_told:
+            self._skipped_told = self._skipped
+            self._tell_left_out(step, "training images", self._skipped)
+        tests = int(metrics.get("skipped_test_images", 0))
+        if tests > self._skipped_tests:
+            self._skipped_tests = tests
+            self._tell_left_out(step, "test images", tests)
+
+    def _tell_left_out(self, step: int, images: str, number: int) -> None:
+        self._progress.console.print(
+            f"step {step:,}: {images} left out so far, for they could not be read: "
+            f"{number:,}",
+            markup=False,
+        )
 
     def record_once(self, step: int, tests: Mapping[str, float]) -> None:
         """Records tests after the step of the start, if that was not done before."""
@@ -128,6 +149,11 @@ class Monitor:
     def _event(self, step: int, **content: Any) -> None:
         event = Event(wall_time=time.time(), step=step, **content)
         self._events.write(event.SerializeToString())
+
+
+def skipped_images(rows: Iterable[Mapping[str, float]]) -> int:
+    """How often a training image was left out in these rows of the log file."""
+    return int(sum(row.get("skipped_images", 0) for row in rows))
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import st3jax
 from job.build import Job
 from job.rates import cycles, total_steps
 from workdir.files import draft_of, replace_file, writing
-from workdir.monitor import read_metrics
+from workdir.monitor import read_metrics, skipped_images
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -93,6 +93,12 @@ def write_report(
         ),
         "steps": job.steps,
         "seed": config.seed,
+        "skipped_images": (
+            skipped_images(read_metrics(workdir)) + job.data.skipped_train
+        ),
+        "skipped_test_images": (
+            int(tests.get("skipped_test_images", 0)) + job.data.skipped_test
+        ),
         "layers": {
             path: {
                 "shape": list(layer.shape),
@@ -120,6 +126,12 @@ def write_report(
         console.print(
             "the moving average of the weights, with the same zeros: test accuracy "
             f"[bold]{tests['ema_test_accuracy']:.2%}[/]"
+        )
+    if report["skipped_images"] or report["skipped_test_images"]:
+        console.print(
+            "images left out, for they could not be read: "
+            f"{report['skipped_images']:,} while training, "
+            f"{report['skipped_test_images']:,} of the test images"
         )
     console.print(f"report.json, course.png and layers.png are in {workdir}")
     return report
