@@ -1,15 +1,26 @@
 """One run over many processes: joining, stopping together, and when one is lost."""
 
 import contextlib
+import hashlib
 import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["HEARTBEAT_SECONDS", "Interrupted", "Request", "asked_to_stop", "join"]
+from errors import UserError
+
+__all__ = [
+    "HEARTBEAT_SECONDS",
+    "Interrupted",
+    "Request",
+    "asked_to_stop",
+    "check_same",
+    "join",
+]
 
 HEARTBEAT_SECONDS = 60
 """How long a silent process counts as alive; after it the others end."""
@@ -38,6 +49,23 @@ def join(
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
+
+
+def check_same(what: str, facts: Any) -> None:
+    """Every process has the same facts.
+
+    Raises:
+        UserError: On all of them, if one has others.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(repr(facts).encode()).digest(), np.uint8)
+    for process, other in enumerate(multihost_utils.process_allgather(mine)):
+        if not np.array_equal(other, mine):
+            raise UserError(
+                f"{what} of process {process} are not those of process "
+                f"{jax.process_index()}: give all the same config.data and content"
+            )
 
 
 class Interrupted(Exception):  # noqa: N818  it is no mistake

@@ -242,6 +242,7 @@ def train_and_evaluate(
         _folder_of_this_process(pathlib.Path(workdir)) as folder,
     ):
         job = build(config)
+        processes.check_same("the images", job.data.identity)
         with only_run(folder):
             claim_workdir(folder, job.config)
             return _train_and_evaluate(job, folder, asked_to_stop)
@@ -255,7 +256,7 @@ def _train_and_evaluate(
     steps, steps_per_epoch = job.steps, job.steps_per_epoch
     state = create_train_state(config, job.model, job.tx)
     manager = checkpoints.open_checkpoints(workdir)
-    state = checkpoints.restore(manager, state, console)
+    state = checkpoints.restore(manager, state, console, data.identity)
     start = int(state.step)
     report.print_settings(
         console,
@@ -290,7 +291,7 @@ def _train_and_evaluate(
             input_pipeline.train_batches(data, config, start, steps)
         ) as batches,
         Monitor(workdir, console, start, steps) as monitor,
-        _saving_when_interrupted(manager, steps, lambda: state),
+        _saving_when_interrupted(manager, job, lambda: state),
     ):
         if start == steps or (start and is_tested(start)):  # stopped while it tested
             tests = test(start)
@@ -324,7 +325,8 @@ def _train_and_evaluate(
                 monitor.record(step, tests)
 
             if saves:
-                checkpoints.save(manager, step, jax_utils.unreplicate(state))
+                one = jax_utils.unreplicate(state)
+                checkpoints.save(manager, step, one, data.identity)
             if last or stops:
                 checkpoints.wait(manager)
             if stops and not last:
@@ -337,7 +339,7 @@ def _train_and_evaluate(
 
 @contextlib.contextmanager
 def _saving_when_interrupted(
-    manager: Any, steps: int, current: Callable[[], TrainState]
+    manager: Any, job: Job, current: Callable[[], TrainState]
 ) -> Iterator[None]:
     """Saves the state if the run is asked to stop while it waits for images."""
     try:
@@ -346,9 +348,9 @@ def _saving_when_interrupted(
         state = jax_utils.unreplicate(current())
         step = int(state.step)
         if step != manager.latest_step():
-            checkpoints.save(manager, step, state)
+            checkpoints.save(manager, step, state, job.data.identity)
         checkpoints.wait(manager)
-        raise _stopped(step, steps) from None
+        raise _stopped(step, job.steps) from None
 
 
 def _stopped(step: int, steps: int) -> Stopped:

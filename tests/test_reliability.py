@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from training import command, leaves, same_bits, tiny
 from workdirs import (
@@ -539,3 +540,73 @@ def test_a_workdir_that_is_removed_meanwhile_is_told(
         patch.setattr(train.report, "write_report", removed)
         with pytest.raises(UserError, match=r"failed \(No such file or directory\)"):
             train.train_and_evaluate(tiny(**overrides), tmp_path / "run")
+
+
+# Data that changes.
+
+
+def class_folders(root):
+    """A data set of two classes, of images of one colour."""
+    for split, number in (("train", 64), ("test", 8)):
+        for label, name in enumerate(("a", "b")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                image = Image.new("L", (8, 8 + label), 100 * label)
+                image.save(root / split / name / f"{i}.png")
+
+
+def exchanged(root):
+    """The two classes are taken for one another."""
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        (root / "train" / old).rename(root / "train" / new)
+
+
+def halved(root):
+    for file in sorted((root / "train" / "a").iterdir())[::2]:
+        file.unlink()
+
+
+def other_tests(root):
+    (root / "test" / "a" / "0.png").write_bytes(b"shorter")
+
+
+CHANGES = [
+    (exchanged, "train", "128 then, with other names, labels or sizes now"),
+    (halved, "train", "128 then, 96 now"),
+    (other_tests, "test", "16 then, with other names, labels or sizes now"),
+]
+
+
+@pytest.mark.parametrize(("change", "split", "told"), CHANGES)
+def test_a_run_notices_that_its_images_have_changed(tmp_path, change, split, told):
+    class_folders(tmp_path / "data")
+    fields = {
+        "data.name": "folder",
+        "data.in_memory": False,
+        "data.broken_images": "skip",
+        "num_epochs": 1,
+        "batch_size": 64,
+    }
+    config = tiny(**fields, **{"data.dir": str(tmp_path / "data")})
+    job = train.build(config)
+    state = train.create_train_state(job.config, job.model, job.tx)
+    with checkpoints.open_checkpoints(tmp_path / "run") as manager:
+        checkpoints.save(manager, 1, state, job.data.identity)
+        checkpoints.wait(manager)
+    before = everything(tmp_path / "run")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config.data.dir = str(tmp_path / "moved")
+
+    def resume():
+        identity = train.build(config).data.identity
+        with checkpoints.open_checkpoints(tmp_path / "run") as manager:
+            return checkpoints.restore(manager, state, Console(quiet=True), identity)
+
+    resume()
+    change(tmp_path / "moved")
+    with pytest.raises(UserError) as error:
+        resume()
+    said = str(error.value)
+    assert said.startswith(f"the images to {split} on have changed since the checkpoi")
+    assert f"({told}): data.dir may move, but its content may not change" in said
+    assert everything(tmp_path / "run") == before

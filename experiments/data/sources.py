@@ -5,10 +5,12 @@ where ``config.data.in_memory`` decoded them once. Reading needs no TensorFlow.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import ml_collections
@@ -37,6 +39,13 @@ class Source(Protocol):
         """``{"image", "label", "name"}``, or Unreadable."""
 
 
+class Opened(Source, Protocol):
+    """A source of what lies on a disk."""
+
+    def digest(self) -> str:
+        """Another one if there are other images, as far as is told without reading."""
+
+
 class Data(NamedTuple):
     """A prepared data set.
 
@@ -46,6 +55,8 @@ class Data(NamedTuple):
         num_classes: Number of labels.
         skipped_train: Training examples that are not among them, as broken.
         skipped_test: Test examples that are not among them, as broken.
+        identity: What tells, after a restart, whether it is still the same: of train
+            and test the number of images and a digest.
     """
 
     train: Source
@@ -53,6 +64,7 @@ class Data(NamedTuple):
     num_classes: int
     skipped_train: int = 0
     skipped_test: int = 0
+    identity: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
 
 
 class Unreadable(UserError):  # noqa: N818  it is about the image
@@ -78,7 +90,9 @@ def load(config: ml_collections.ConfigDict) -> Data:
     if config.data.in_memory:
         train, test = (_decoded(source, len(source), config) for source in data[:2])
         skipped = len(data.train) - len(train), len(data.test) - len(test)
-        data = Data(train, test, data.num_classes, *skipped)
+        data = data._replace(
+            train=train, test=test, skipped_train=skipped[0], skipped_test=skipped[1]
+        )
     else:
         for source in data[:2]:
             _decoded(source, 1, config)
@@ -90,6 +104,22 @@ def load(config: ml_collections.ConfigDict) -> Data:
             f"{left_out if data.skipped_train else ''}: make it smaller"
         )
     return data
+
+
+def _data(train: Opened, test: Opened, num_classes: int) -> Data:
+    """A data set that was opened, with what tells whether it is the same."""
+    identity = {
+        name: {"images": len(source), "digest": source.digest()}
+        for name, source in (("train", train), ("test", test))
+    }
+    return Data(train, test, num_classes, identity=identity)
+
+
+def _digest(lines: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _decoded(
@@ -172,6 +202,19 @@ class _Folder:
             raise _unreadable(path, error, "replace it") from None
         return {"image": image, "label": label, "name": path}
 
+    def digest(self) -> str:
+        """Of names, labels and sizes of all files."""
+        return _digest(
+            (file, label, _bytes_in(self.root / file)) for file, label in self.files
+        )
+
+
+def _bytes_in(path: pathlib.Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # told when it is read
+        return None
+
 
 def _visible(folder: pathlib.Path, folders: bool) -> list[str]:
     """Names of the folders, or of all else, in a folder; hidden ones left out.
@@ -220,15 +263,16 @@ def _open_folder(config: ml_collections.ConfigDict) -> Data:
         )
     most = config.data.max_pixels
     train, test = (_Folder(split, classes, most) for split in splits)
-    return Data(train, test, len(classes))
+    return _data(train, test, len(classes))
 
 
 class _Records:
     """A split of TFDS, with a name for each example."""
 
-    def __init__(self, source: Any, split: str, folder: Any):
+    def __init__(self, source: Any, split: str, builder: Any):
         self.source = source
-        self.place = f"of the split {split!r} in {folder}"
+        self.place = f"of the split {split!r} in {builder.data_path}"
+        self.info = builder.info
 
     def __len__(self) -> int:
         return len(self.source)
@@ -242,6 +286,16 @@ class _Records:
         except Exception as error:  # what TFDS raises of a damaged file is anything
             raise _unreadable(name, error, "prepare the data set again") from None
         return {"image": image, "label": label, "name": file or name}
+
+    def digest(self) -> str:
+        """Of name and version of the data set, its labels and its splits.
+
+        Not of its files: the same images may have been packed anew elsewhere.
+        """
+        splits = sorted(
+            (name, split.num_examples) for name, split in self.info.splits.items()
+        )
+        return _digest([self.info.full_name, self.info.features["label"].names, splits])
 
 
 @contextlib.contextmanager
@@ -285,7 +339,7 @@ def _open_tfds(config: ml_collections.ConfigDict) -> Data:
         _records(builder, split)
         for split in (config.data.train_split, config.data.test_split)
     )
-    return Data(train, test, features["label"].num_classes)
+    return _data(train, test, features["label"].num_classes)
 
 
 def _records(builder: Any, split: str) -> _Records:
@@ -298,7 +352,7 @@ def _records(builder: Any, split: str) -> _Records:
                 f"{path} is {'empty' if path.is_file() else 'missing'}: copy the data "
                 "set again, or prepare it again"
             )
-    return _Records(source, split, builder.data_path)
+    return _Records(source, split, builder)
 
 
 def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:

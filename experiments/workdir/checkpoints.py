@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -105,8 +105,19 @@ def _check_no_strangers(folder: pathlib.Path) -> None:
             )
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+def save(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    data: Mapping[str, Any] | None = None,
+) -> None:
     """Starts to write the state after ``step`` steps; the first process does.
+
+    Args:
+        checkpoints: The workdir's checkpoints.
+        step: How many steps led to it.
+        state: The training state.
+        data: What tells whether the images are the same, as ``sources.Data.identity``.
 
     Raises:
         UserError: If this checkpoint, or the one before, cannot be written.
@@ -119,7 +130,9 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                digest=ocp.args.JsonSave({"blake2b": _digest(state)}),
+                digest=ocp.args.JsonSave(
+                    {"blake2b": _digest(state), "data": dict(data or {})}
+                ),
             ),
         )
 
@@ -159,7 +172,12 @@ def _digest(state: Any) -> str:
     return digest.hexdigest()
 
 
-def restore(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
+def restore(
+    checkpoints: ocp.CheckpointManager,
+    state: Any,
+    console: Console,
+    data: Mapping[str, Any] | None = None,
+) -> Any:
     """The state of the newest whole checkpoint, or ``state`` itself if there is none.
 
     The first process reads, and hands the state to the others.
@@ -168,13 +186,14 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any, console: Console) ->
         checkpoints: The workdir's checkpoints.
         state: A state of the structure, shapes and dtypes to expect.
         console: Where to warn of a damaged checkpoint.
+        data: What tells whether the images are the same, as ``sources.Data.identity``.
 
     Raises:
-        UserError: If the checkpoint belongs to another model or optimizer, or if there
-            are checkpoints and all are damaged.
+        UserError: If the checkpoint belongs to another model or optimizer, or to other
+            images, or cannot be read, or if all are damaged.
     """
     if jax.process_index() == 0:
-        state = _newest(checkpoints, state, console)
+        state = _newest(checkpoints, state, data or {}, console)
     return _from_first_process(state) if jax.process_count() > 1 else state
 
 
@@ -188,11 +207,16 @@ def quiet_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _newest(checkpoints: ocp.CheckpointManager, state: Any, console: Console) -> Any:
+def _newest(
+    checkpoints: ocp.CheckpointManager,
+    state: Any,
+    data: Mapping[str, Any],
+    console: Console,
+) -> Any:
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            restored = _read(checkpoints, step, state)
+            restored = _read(checkpoints, step, state, data)
         except _Damaged as damage:
             damaged[step] = str(damage)
             continue
@@ -229,11 +253,14 @@ def _move_aside(checkpoints: ocp.CheckpointManager, step: int) -> pathlib.Path:
     raise AssertionError("counting ends")
 
 
-def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
+def _read(
+    checkpoints: ocp.CheckpointManager, step: int, state: Any, data: Mapping[str, Any]
+) -> Any:
     """The state of a checkpoint.
 
     Raises:
-        UserError: If it belongs to another model or optimizer, or cannot be read.
+        UserError: If it belongs to another model, optimizer or data set, or cannot be
+            read.
         _Damaged: If its bits are not those that were written.
     """
     folder = pathlib.Path(checkpoints.directory) / str(step)
@@ -259,6 +286,7 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
         ) from error
     if restored["digest"]["blake2b"] != _digest(jax.device_get(restored["state"])):
         raise _Damaged("its bits are not those that were written")
+    _check_data(folder, restored["digest"].get("data", {}), data)
     return restored["state"]
 
 
@@ -272,6 +300,23 @@ def _check_shapes(folder: pathlib.Path, metadata: Any, state: Any) -> None:
                 f"the checkpoint in {folder.parent} (step {folder.name}) is of "
                 f"another model or optimizer: {name} is {stored} there and {expected} "
                 "here; choose another --workdir=..."
+            )
+
+
+def _check_data(
+    folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    """The images are those that it was trained with, wherever they are now."""
+    for split in there.keys() & here.keys():
+        then, now = there[split], here[split]
+        if then != now:
+            more = then["images"] == now["images"]
+            what = "with other names, labels or sizes" if more else f"{now['images']:,}"
+            raise UserError(
+                f"the images to {split} on have changed since the checkpoint {folder} "
+                f"was written ({then['images']:,} then, {what} now): data.dir may move,"
+                " but its content may not change; put it back, or choose another "
+                "--workdir=..."
             )
 
 
