@@ -1,0 +1,203 @@
+"""The kinds of fields that a configuration has: each says what its value may be.
+
+``base_config.py`` declares every field with one of them, and ``job/settings.py`` holds
+each value against that.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from errors import UserError
+
+__all__ = [
+    "Field",
+    "checked",
+    "choice",
+    "flag",
+    "number",
+    "numbers_of",
+    "pairs",
+    "shown",
+    "text",
+    "texts",
+    "whole",
+    "wholes",
+]
+
+LONGEST = 1000  # characters of a text
+SHOWN = 200  # characters of a value in a sentence
+
+BOUNDS = {
+    "at_least": (operator.ge, "{} or more"),
+    "above": (operator.gt, "above {}"),
+    "below": (operator.lt, "below {}"),
+    "at_most": (operator.le, "{} or less"),
+}
+"""From the name of a bound to what holds for a number within it, and how it is said."""
+
+
+class Field(NamedTuple):
+    """What a field is.
+
+    Attributes:
+        type: Of its value, in plain Python.
+        words: What that is, as the end of a sentence that begins with the field.
+        default: Its value; ``None`` if it has none until somebody sets it.
+        bounds: Of a number, or of each in a tuple, by their names in ``BOUNDS``.
+        choices: The texts that it may be, if not any.
+        each: Of a tuple: what each of its entries is, or how long a tuple each is.
+    """
+
+    type: type
+    words: str
+    default: Any = None
+    bounds: dict[str, float] = {}  # noqa: RUF012  never changed
+    choices: tuple[str, ...] = ()
+    each: Any = None
+
+
+def whole(default: int | None = None, **bounds: float) -> Field:
+    """A whole number."""
+    return Field(int, "is a whole number", default, bounds)
+
+
+def number(default: float | None = None, **bounds: float) -> Field:
+    """A number; a finite one if it has bounds."""
+    return Field(float, "is a number", default, bounds)
+
+
+def flag(default: bool | None = None) -> Field:
+    """A truth value."""
+    return Field(bool, "is True or False", default)
+
+
+def choice(default: str | None, *choices: str) -> Field:
+    """One of some texts."""
+    words = f"is one of {', '.join(map(repr, choices))}"
+    return Field(str, words, default, choices=choices)
+
+
+def text(default: str | None = None) -> Field:
+    """Any text that can be printed on a line."""
+    return Field(str, f"is a text of up to {LONGEST:,} printable characters", default)
+
+
+def numbers_of(default: tuple[float, ...] | None = None, **bounds: float) -> Field:
+    """Numbers, any number of them."""
+    return Field(tuple, "is made of numbers", default, each=number(**bounds))
+
+
+def wholes(what: str) -> Field:
+    """Whole numbers, such as the words say."""
+    return Field(tuple, f"are whole numbers {what}", each=whole())
+
+
+def texts() -> Field:
+    """Texts."""
+    return Field(tuple, "is made of texts", each=text())
+
+
+def pairs(what: str) -> Field:
+    """Tuples of two things."""
+    return Field(tuple, f"are pairs of {what}", each=2)
+
+
+def checked(name: str, field: Field, value: Any) -> Any:
+    """The value as one of plain Python.
+
+    Raises:
+        UserError: With the name, the value and what it may be.
+    """
+    try:
+        return _plain(field, value)
+    except (TypeError, ValueError) as error:
+        bounds = _said((field.each if _of_many(field) else field).bounds)
+        more = f": {'each' if _of_many(field) else 'it'} is {bounds}"
+        told = bounds in ("", str(error).removeprefix("is "))
+        raise UserError(
+            f"config.{name} {error}, got {shown(value)}{'' if told else more}"
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """The value on one line that is not too long."""
+    try:
+        line = " ".join(repr(value).split())
+    except ValueError:  # Python prints no number of thousands of digits
+        return f"one of {value.bit_length():,} bits"
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}... ({len(line):,} long)"
+
+
+def _of_many(field: Field) -> bool:
+    return isinstance(field.each, Field)
+
+
+def _said(bounds: dict[str, float]) -> str:
+    if bounds.keys() == {"at_least", "at_most"}:
+        return f"from {bounds['at_least']} to {bounds['at_most']}"
+    return " and ".join(BOUNDS[key][1].format(x) for key, x in bounds.items())
+
+
+def _plain(field: Field, value: Any) -> Any:
+    """The value as one of plain Python.
+
+    Raises:
+        TypeError: If it is of another kind; ``ValueError`` if it is out of its range.
+    """
+    if field.type is tuple:
+        return _plain_tuple(field, value)
+    value = value.item() if isinstance(value, np.generic) else value
+    if not _is_a(field.type, value):
+        raise TypeError(field.words)
+    if field.type is str:
+        fits = value in field.choices if field.choices else _is_printable(value)
+        if not fits:
+            raise ValueError(field.words)
+    if field.type is float:
+        value = _as_float(value)
+        if value == math.inf and field.bounds:
+            raise ValueError("is below inf")
+    for key, bound in field.bounds.items():
+        holds, words = BOUNDS[key]
+        if not holds(value, bound):
+            raise ValueError(f"is {words.format(bound)}")
+    return value
+
+
+def _plain_tuple(field: Field, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list):
+        raise TypeError(field.words)
+    if not _of_many(field):
+        if not all(isinstance(x, tuple | list) and len(x) == field.each for x in value):
+            raise TypeError(field.words)
+        return tuple(tuple(x) for x in value)
+    try:
+        entries = tuple(_plain(field.each._replace(bounds={}), x) for x in value)
+    except (TypeError, ValueError):
+        raise TypeError(field.words) from None
+    if any(isinstance(x, float) and not math.isfinite(x) for x in entries):
+        raise TypeError(field.words)
+    return tuple(_plain(field.each, x) for x in entries)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value stands for one of a type; a truth value is no number."""
+    if kind is int or kind is float:
+        of = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, of) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.copysign(math.inf, 1 if value > 0 else -1)
+
+
+def _is_printable(value: str) -> bool:
+    return len(value) <= LONGEST and value.isprintable()
