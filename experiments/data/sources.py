@@ -58,6 +58,7 @@ def load(config: ml_collections.ConfigDict) -> Data:
     """
     opened = _open_folder(config) if config.data.name == FOLDER else _open_tfds(config)
     if config.data.in_memory:
+        _check_memory(opened, config)
         train, test = (_decoded(source, config) for source in opened[:2])
         opened = opened._replace(train=train, test=test)
     if not len(opened.test):
@@ -72,6 +73,19 @@ def load(config: ml_collections.ConfigDict) -> Data:
             "smaller"
         )
     return opened
+
+
+def _check_memory(data: Data, config: ml_collections.ConfigDict) -> None:
+    """Raises if decoded images are more than the memory holds."""
+    size, channels = config.data.image_size, len(config.data.mean)
+    need = (len(data.train) + len(data.test)) * size**2 * channels
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > memory:
+        raise UserError(
+            f"config.data.in_memory keeps {need / 1e9:,.1f} GB of pixels, and there "
+            f"are {memory / 1e9:,.1f} GB of memory: set it to false, or make "
+            f"config.data.image_size smaller, which is {size}"
+        )
 
 
 def _decoded(source: Source, config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
@@ -131,17 +145,18 @@ def _visible(folder: pathlib.Path, folders: bool) -> list[str]:
 
 
 def _open_folder(config: ml_collections.ConfigDict) -> Data:
-    root = pathlib.Path(config.data.dir)
-    splits = [root / config.data.train_split, root / config.data.test_split]
+    splits = [_split_folder(config, name) for name in ("train_split", "test_split")]
     for split in splits:
-        if not split.is_dir() or not _visible(split, folders=True):
+        if not _class_folders(split):
             raise UserError(
                 f"there are no class folders in {split}: config.data.dir holds "
                 "<split>/<class>/<image>, and config.data.train_split and test_split "
                 "name the splits"
             )
-    classes = sorted(_visible(splits[0], folders=True))
-    strangers = sorted(set(_visible(splits[1], folders=True)) - set(classes))
+    if splits[0].samefile(splits[1]):
+        raise _overlap(config)
+    classes = sorted(_class_folders(splits[0]))
+    strangers = sorted(set(_class_folders(splits[1])) - set(classes))
     if strangers:
         raise UserError(
             f"the class {strangers[0]!r} is in {splits[1]} but not in {splits[0]}: "
@@ -149,6 +164,38 @@ def _open_folder(config: ml_collections.ConfigDict) -> Data:
         )
     train, test = (_Folder(split, classes) for split in splits)
     return Data(train, test, len(classes))
+
+
+def _split_folder(config: ml_collections.ConfigDict, field: str) -> pathlib.Path:
+    """Where the images of a split are: inside ``config.data.dir``."""
+    name = pathlib.PurePath(os.path.normpath(config.data[field]))
+    if name.is_absolute() or name.parts[:1] in ((), ("..",)):
+        raise UserError(
+            f"config.data.{field} is the name of a folder in config.data.dir, got "
+            f"{config.data[field]!r}"
+        )
+    return pathlib.Path(os.path.expanduser(config.data.dir)) / name
+
+
+def _class_folders(split: pathlib.Path) -> list[str]:
+    """Names of the classes; none where there is no such folder."""
+    try:
+        return _visible(split, folders=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(
+            f"the folder {split} of config.data.dir cannot be read ({error.strerror})"
+        ) from None
+
+
+def _overlap(config: ml_collections.ConfigDict) -> UserError:
+    """What is wrong where images to train on are images to test on."""
+    return UserError(
+        f"config.data.test_split {config.data.test_split!r} has images of config.data."
+        f"train_split {config.data.train_split!r}: test on other images than those to "
+        "train on"
+    )
 
 
 class _Records:
@@ -169,19 +216,12 @@ class _Records:
 
 
 def _open_tfds(config: ml_collections.ConfigDict) -> Data:
-    builder = _builder(config)
     name = config.data.name
     if name in BUILDERS:
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
-            builder.download_and_prepare()
+        builder = _digits(config)
     else:
-        builder = _prepared(builder, config)
-    features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(
-            f"the data set {name!r} has no image and label, but {', '.join(features)}: "
-            "choose one for classification"
-        )
+        builder = _prepared(_builder(config), config)
+    features = _features(builder, name)
     channels = features["image"].shape[-1]
     for field in ("mean", "std"):
         if len(config.data[field]) != channels:
@@ -189,11 +229,74 @@ def _open_tfds(config: ml_collections.ConfigDict) -> Data:
                 f"config.data.{field} has {len(config.data[field])} numbers, but the "
                 f"images of {name!r} have {channels} channels: one for each"
             )
+    _check_splits(builder, config)
     train, test = (
         _Records(builder.as_data_source(split, decoders=SKIP_DECODING), split)
         for split in (config.data.train_split, config.data.test_split)
     )
     return Data(train, test, features["label"].num_classes)
+
+
+def _features(builder: Any, name: str) -> dict[str, Any]:
+    """What an example has: one image and one label."""
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    features = builder.info.features
+    has = dict(features) if hasattr(features, "keys") else {}
+    if not all(isinstance(has.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(
+            f"the data set {name!r} has no image and label, but {', '.join(has)}: "
+            "choose one for classification"
+        )
+    return has
+
+
+def _check_splits(builder: Any, config: ml_collections.ConfigDict) -> None:
+    """Raises unless both splits have images, and none has those of the other."""
+    there = ", ".join(map(repr, builder.info.splits))
+    parts = []
+    for field in ("train_split", "test_split"):
+        split = config.data[field]
+        try:
+            files = builder.info.splits[split].file_instructions
+        except Exception:  # TFDS has many ways to say so
+            files = []
+        if not any(file.take > 0 for file in files):
+            raise UserError(
+                f"config.data.{field} is one of {there}, or a part of it that has "
+                f"images, such as 'train[:90%]', got {split!r}"
+            )
+        parts.append(
+            {file.filename: range(file.skip, file.skip + file.take) for file in files}
+        )
+    train, test = parts
+    for file in train.keys() & test.keys():
+        if range(
+            max(train[file].start, test[file].start),
+            min(train[file].stop, test[file].stop),
+        ):
+            raise _overlap(config)
+
+
+def _digits(config: ml_collections.ConfigDict) -> Any:
+    """The builder of a data set that is made here."""
+    tfds.disable_progress_bar()
+    make, data_dir = BUILDERS[config.data.name], config.data.dir
+    try:
+        builder = make(data_dir=data_dir or None, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
+            builder.download_and_prepare()
+    except Exception as error:  # whatever kind of path it is
+        raise UserError(
+            f"config.data.dir is a folder that can hold {config.data.name!r}, got "
+            f"{data_dir!r} ({_first_line(error)})"
+        ) from None
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of what an error says."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition('}": ')[2][:200]  # TFDS begins with how it was called
 
 
 def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:
@@ -206,7 +309,13 @@ def _prepared(builder: Any, config: ml_collections.ConfigDict) -> Any:
             f"{_preparation(name, config.data.dir)}"
         )
     # TFDS's own class forgets formats that were added later.
-    builder = tfds.builder_from_directory(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:
+        raise UserError(
+            f"the data set {name!r} in {path} cannot be opened ({_first_line(error)}): "
+            "prepare it anew, or name another folder with --config.data.dir=..."
+        ) from None
     formats = {x.value for x in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise UserError(
@@ -236,15 +345,12 @@ def _preparation(name: str, data_dir: str) -> str:
 
 
 def _builder(config: ml_collections.ConfigDict) -> Any:
-    tfds.disable_progress_bar()
-    data_dir = config.data.dir or None
-    if config.data.name in BUILDERS:
-        builder = BUILDERS[config.data.name]
-        return builder(data_dir=data_dir, file_format="array_record")
+    name = config.data.name
     try:
-        return tfds.builder(config.data.name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
+        return tfds.builder(name, data_dir=config.data.dir or None)
+    except Exception as error:  # a name that is none, a version, what is not installed
+        unknown = isinstance(error, tfds.core.DatasetNotFoundError)
         raise UserError(
             f"config.data.name is 'digits', 'folder' or a data set of TFDS, got "
-            f"{config.data.name!r}"
+            f"{name!r}{'' if unknown else f' ({_first_line(error)})'}"
         ) from None
