@@ -31,6 +31,9 @@ __all__ = ["DEFAULTS", "EPOCHS", "FIELDS", "get_config"]
 EPOCHS = 10**6
 """As many as a run may have, and more than any has."""
 
+MANY = 2**31
+"""More than devices count to."""
+
 FIELDS: dict[str, Any] = {
     # initialisation, order of the images, augmentation
     "seed": whole(0, at_least=0, below=2**32),
@@ -48,7 +51,7 @@ FIELDS: dict[str, Any] = {
         "workers": whole(at_least=0, at_most=1024),
         "broken_images": choice("stop", "stop", "skip"),  # or leave them out, counted
         # most pixels of an image, by its header, before anything is decoded
-        "max_pixels": whole(64_000_000, at_least=1),
+        "max_pixels": whole(64_000_000, at_least=1, below=MANY),
         # of the pixels in [0, 1], one number per channel
         "mean": numbers_of((0.0,), at_least=0, at_most=1),
         "std": numbers_of((1.0,), above=0),
@@ -69,7 +72,7 @@ FIELDS: dict[str, Any] = {
         "norm_momentum": number(at_least=0, below=1),  # of BatchNorm, a step
         "dtype": choice(None, "float32", "bfloat16", "float16"),  # of the computation
     },
-    "batch_size": whole(128, at_least=1),  # over all devices together
+    "batch_size": whole(128, at_least=1, below=MANY),  # over all devices together
     "num_epochs": whole(160, at_least=1, below=EPOCHS),
     # more epochs, with the mask fixed
     "fine_tune_epochs": whole(at_least=0, below=EPOCHS),
@@ -78,7 +81,7 @@ FIELDS: dict[str, Any] = {
     "second_cycle": flag(False),
     "label_smoothing": number(0.0, at_least=0, below=1),
     # parts that a batch is worked through in
-    "accumulate_steps": whole(1, at_least=1),
+    "accumulate_steps": whole(1, at_least=1, below=MANY),
     # of a moving average of the weights, a step; 0: none
     "ema_decay": number(0.0, at_least=0, below=1),
     # or "skip": such a gradient counts as zero
@@ -104,10 +107,12 @@ FIELDS: dict[str, Any] = {
             *("none", "st3", "ste", "gmp", "lrr", "probmask", "granet"),
             *("rigl", "set_", "str_"),
         ),
-        "final": number(),  # share of zeros at the end: a fraction, as st3jax checks
+        # share of zeros at the end; of this, power and update_every_steps it is st3jax
+        # that checks the range
+        "final": number(says="a fraction in [0, 1]"),
         "begin_epoch": number(at_least=0),  # the ramp
         "end_epoch": number(at_least=0),
-        "power": number(),  # above 0, as st3jax checks
+        "power": number(says="a number above 0"),
         "criterion": choice(None, "l1", "l1_sigma"),
         "distribution": choice(None, "global", "uniform", "erk"),
         # what final is a share of: those of all kernels, or the network's work
@@ -122,7 +127,7 @@ FIELDS: dict[str, Any] = {
         "soft": flag(),  # these three are ST-3's
         "rescale": flag(),
         "straight_through": flag(),
-        "update_every_steps": whole(below=2**31),  # 1 or more, as st3jax checks
+        "update_every_steps": whole(says="a number of steps, 1 or more", below=MANY),
     },
     "gmp": {"sticky": choice(None, "no", "strict", "published")},
     # share of what is left that a pruning keeps
@@ -148,8 +153,8 @@ FIELDS: dict[str, Any] = {
         # raises it: decides the sparsity
         "weight_decay": number(at_least=0),
     },
-    "log_every_steps": whole(100, at_least=1),
-    "eval_every_epochs": whole(1, at_least=1),
+    "log_every_steps": whole(100, at_least=1, below=MANY),
+    "eval_every_epochs": whole(1, at_least=1, below=MANY),
     # test raw weights too, until they are fixed
     "eval_dense": flag(),
     "checkpoint_every_epochs": number(5.0, above=0, at_most=EPOCHS),

@@ -17,6 +17,7 @@ __all__ = [
     "Field",
     "checked",
     "choice",
+    "described",
     "flag",
     "number",
     "numbers_of",
@@ -60,14 +61,18 @@ class Field(NamedTuple):
     each: Any = None
 
 
-def whole(default: int | None = None, **bounds: float) -> Field:
-    """A whole number."""
-    return Field(int, "is a whole number", default, bounds)
+def whole(
+    default: int | None = None, says: str = "a whole number", **bounds: float
+) -> Field:
+    """A whole number; ``says`` is how that is told."""
+    return Field(int, f"is {says}", default, bounds)
 
 
-def number(default: float | None = None, **bounds: float) -> Field:
-    """A number; a finite one if it has bounds."""
-    return Field(float, "is a number", default, bounds)
+def number(
+    default: float | None = None, says: str = "a number", **bounds: float
+) -> Field:
+    """A number; a finite one if it has bounds. ``says`` is how that is told."""
+    return Field(float, f"is {says}", default, bounds)
 
 
 def flag(default: bool | None = None) -> Field:
@@ -88,7 +93,9 @@ def text(default: str | None = None) -> Field:
 
 def numbers_of(default: tuple[float, ...] | None = None, **bounds: float) -> Field:
     """Numbers, any number of them."""
-    return Field(tuple, "is made of numbers", default, each=number(**bounds))
+    return Field(
+        tuple, "is made of numbers", default, each=number(None, "a number", **bounds)
+    )
 
 
 def wholes(what: str) -> Field:
@@ -115,7 +122,7 @@ def checked(name: str, field: Field, value: Any) -> Any:
     try:
         return _plain(field, value)
     except (TypeError, ValueError) as error:
-        bounds = _said((field.each if _of_many(field) else field).bounds)
+        bounds = _said(_bounds(field))
         more = f": {'each' if _of_many(field) else 'it'} is {bounds}"
         told = bounds in ("", str(error).removeprefix("is "))
         raise UserError(
@@ -123,17 +130,27 @@ def checked(name: str, field: Field, value: Any) -> Any:
         ) from None
 
 
+def described(field: Field) -> str:
+    """What the field may be, as the end of a sentence that begins with its name."""
+    bounds = _said(_bounds(field))
+    return f"{field.words}, {bounds}" if bounds else field.words
+
+
 def shown(value: Any) -> str:
     """The value on one line that is not too long."""
     try:
         line = " ".join(repr(value).split())
     except ValueError:  # Python prints no number of thousands of digits
-        return f"one of {value.bit_length():,} bits"
+        return f"a value of type {type(value).__name__} that is too long to print"
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}... ({len(line):,} long)"
 
 
 def _of_many(field: Field) -> bool:
     return isinstance(field.each, Field)
+
+
+def _bounds(field: Field) -> dict[str, float]:
+    return field.each.bounds if _of_many(field) else field.bounds
 
 
 def _said(bounds: dict[str, float]) -> str:
