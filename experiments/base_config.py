@@ -38,12 +38,12 @@ FIELDS: dict[str, Any] = {
     # initialisation, order of the images, augmentation
     "seed": whole(0, at_least=0, below=2**32),
     "data": {
-        "name": text(""),  # a TFDS data set, "digits", or "folder"
+        "name": text("", "'digits', 'folder' or a data set of TFDS"),
         # Where TFDS keeps its data sets, "" for its own default; for "folder" what
         # holds <split>/<class>/<image>.
-        "dir": text(""),
-        "train_split": text("train"),
-        "test_split": text("test"),  # other images than those
+        "dir": text("", "a folder"),
+        "train_split": text("train", "the name of a split"),
+        "test_split": text("test", "the name of a split"),  # of other images
         # height and width after cropping, pixels
         "image_size": whole(32, at_least=1, at_most=2048),
         "in_memory": flag(False),  # decode every image once and keep it
@@ -61,7 +61,8 @@ FIELDS: dict[str, Any] = {
         "flip": flag(False),  # mirror half of the images
     },
     "model": {
-        "name": text(""),  # see models/; it has some of these, and its own defaults
+        # see models/; it has some of these, and its own defaults
+        "name": text("", "the name of a network"),
         # layers, as the network is named
         "depth": whole(at_least=1, at_most=1500),
         "width": whole(at_least=1, at_most=1024),  # channels of the first stage
@@ -119,11 +120,10 @@ FIELDS: dict[str, Any] = {
         "budget": choice(None, "weights", "multiply_adds"),
         # for each layer, in place of final; the first path that matches counts, and
         # "*" in it stands for anything
-        "layers": pairs("a path and its final"),
-        "dense": texts(),  # paths of kernels that stay dense
-        # "" for any weights, N:M such as "2:4", or a block on a kernel's last axes,
-        # "4x8"
-        "pattern": text(),
+        "layers": pairs("a path and its final", at_least=0, at_most=1),
+        "dense": texts(),  # paths of kernels that stay dense; "*" as above
+        # "" for any weights; a block is one on a kernel's last axes
+        "pattern": text(None, "'', N:M such as '2:4', or a block such as '4x8'"),
         "soft": flag(),  # these three are ST-3's
         "rescale": flag(),
         "straight_through": flag(),

@@ -50,7 +50,7 @@ class Field(NamedTuple):
         default: Its value; ``None`` if it has none until somebody sets it.
         bounds: Of a number, or of each in a tuple, by their names in ``BOUNDS``.
         choices: The texts that it may be, if not any.
-        each: Of a tuple: what each of its entries is, or how long a tuple each is.
+        each: Of a tuple: what each of its entries is; ``None`` for pairs.
     """
 
     type: type
@@ -86,9 +86,10 @@ def choice(default: str | None, *choices: str) -> Field:
     return Field(str, words, default, choices=choices)
 
 
-def text(default: str | None = None) -> Field:
-    """Any text that can be printed on a line."""
-    return Field(str, f"is a text of up to {LONGEST:,} printable characters", default)
+def text(default: str | None = None, says: str = "a text") -> Field:
+    """Any text that can be printed on a line; ``says`` is what it stands for."""
+    words = f"is {says}, up to {LONGEST:,} printable characters"
+    return Field(str, words, default)
 
 
 def numbers_of(default: tuple[float, ...] | None = None, **bounds: float) -> Field:
@@ -108,9 +109,9 @@ def texts() -> Field:
     return Field(tuple, "is made of texts", each=text())
 
 
-def pairs(what: str) -> Field:
-    """Tuples of two things."""
-    return Field(tuple, f"are pairs of {what}", each=2)
+def pairs(what: str, **bounds: float) -> Field:
+    """Tuples of anything and a number."""
+    return Field(tuple, f"are pairs of {what}", bounds=bounds)
 
 
 def checked(name: str, field: Field, value: Any) -> Any:
@@ -123,7 +124,7 @@ def checked(name: str, field: Field, value: Any) -> Any:
         return _plain(field, value)
     except (TypeError, ValueError) as error:
         bounds = _said(_bounds(field))
-        more = f": {'each' if _of_many(field) else 'it'} is {bounds}"
+        more = f": {'each' if field.each else 'it'} is {bounds}"
         told = bounds in ("", str(error).removeprefix("is "))
         raise UserError(
             f"config.{name} {error}, got {shown(value)}{'' if told else more}"
@@ -138,6 +139,7 @@ def described(field: Field) -> str:
 
 def shown(value: Any) -> str:
     """The value on one line that is not too long."""
+    value = value.to_dict() if hasattr(value, "to_dict") else value  # a section
     try:
         line = " ".join(repr(value).split())
     except ValueError:  # Python prints no number of thousands of digits
@@ -145,12 +147,8 @@ def shown(value: Any) -> str:
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}... ({len(line):,} long)"
 
 
-def _of_many(field: Field) -> bool:
-    return isinstance(field.each, Field)
-
-
 def _bounds(field: Field) -> dict[str, float]:
-    return field.each.bounds if _of_many(field) else field.bounds
+    return field.each.bounds if field.each else field.bounds
 
 
 def _said(bounds: dict[str, float]) -> str:
@@ -188,17 +186,22 @@ def _plain(field: Field, value: Any) -> Any:
 def _plain_tuple(field: Field, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple | list):
         raise TypeError(field.words)
-    if not _of_many(field):
-        if not all(isinstance(x, tuple | list) and len(x) == field.each for x in value):
-            raise TypeError(field.words)
-        return tuple(tuple(x) for x in value)
+    if field.each is None and not all(map(_is_pair, value)):
+        raise TypeError(field.words)
     try:
+        if field.each is None:
+            second = number(None, "a number", **field.bounds)
+            return tuple((x, _plain(second, y)) for x, y in value)
         entries = tuple(_plain(field.each._replace(bounds={}), x) for x in value)
     except (TypeError, ValueError):
         raise TypeError(field.words) from None
     if any(isinstance(x, float) and not math.isfinite(x) for x in entries):
         raise TypeError(field.words)
     return tuple(_plain(field.each, x) for x in entries)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _is_a(kind: type, value: Any) -> bool:

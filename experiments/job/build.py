@@ -101,12 +101,18 @@ def _told(section: str) -> Iterator[None]:
 def _check_dense(config: ml_collections.ConfigDict, params: Any) -> None:
     """Every path of ``config.sparsity.dense`` is that of a kernel."""
     names = list(paths.kernels(params))
-    for path in config.sparsity.dense or ():
+    dense = config.sparsity.dense or ()
+    for path in dense:
         if not any(fnmatch.fnmatchcase(name, path) for name in names):
             raise ValueError(
                 f"the path {path!r} of dense matches no kernel: there are "
                 f"{', '.join(names[:3])} and {len(names) - 3} more"
             )
+    if all(any(fnmatch.fnmatchcase(name, x) for x in dense) for name in names):
+        raise ValueError(
+            f"no parameter is prunable, as a path of dense matches each kernel, got "
+            f"{dense!r}"
+        )
 
 
 def _check_length(config: ml_collections.ConfigDict, steps_per_epoch: int) -> None:

@@ -244,6 +244,12 @@ def _check_together(values: dict[str, Any]) -> None:
             "config.data.in_memory keeps images as large as the network's input, and "
             "config.data.augmentation 'resized_crop' needs them whole: choose one"
         )
+    paths = [path for path, _ in values.get("sparsity.layers", ())]
+    if not all(isinstance(path, str) for path in paths) or len({*paths}) < len(paths):
+        raise UserError(
+            "config.sparsity: the paths of layers are texts, each once, got "
+            f"{shown(paths)}"
+        )
     if values["second_cycle"] and values["sparsity.method"] == "lrr":
         raise UserError(
             "config.second_cycle rewinds the rates once, and method 'lrr' does so for "
