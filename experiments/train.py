@@ -9,6 +9,7 @@ with ``--coordinator=host:port --processes=... --process=...``.
 """
 
 import contextlib
+import difflib
 import functools
 import pathlib
 import re
@@ -27,12 +28,15 @@ from flax import jax_utils
 from ml_collections import config_flags
 from rich.console import Console
 
+import base_config
 import processes
 import st3jax
 import terminal
 from data import input_pipeline, sources
 from errors import Stopped, UserError
+from fields import described
 from job.build import Job, build
+from job.settings import KINDS
 from job.steps import (
     TrainState,
     create_train_state,
@@ -432,19 +436,43 @@ def _told(error: Exception, workdir: pathlib.Path) -> str:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the command line; a field that does not exist is told in a sentence."""
+    """Reads the command line; what is wrong with it is told in a sentence."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # from ml_collections
-        if "get_config" in str(error):
+        return flags.FLAGS(argv)
+    except Exception as error:  # of absl, ml_collections or the configuration's file
+        first = (str(error).strip().splitlines() or [""])[0]
+        unknown = unknown_field(argv)
+        if unknown and not isinstance(error, flags.Error):
+            sys.exit(f"error: {unknown}: experiments/base_config.py lists them all")
+        if isinstance(error, flags.Error):
+            field = re.match(r"flag --config\.(?:defaults\.common\.)?([\w.]+)=", first)
+            kind = KINDS.get(field[1]) if field else None
+            words = f": config.{field[1]} {described(kind)}" if field and kind else ""
+            sys.exit(f"error: {first}{words}")
+        if "get_config" in first:
             sys.exit("error: a configuration file has a function get_config()")
-        field = re.search(r"\w+", str(error))
-        meant = re.search(r'mean "(\w+)"', str(error))
         sys.exit(
-            f"error: the configuration has no field {field and field[0]!r}"
-            f"{f', did you mean {meant[1]!r}' if meant else ''}: experiments/"
-            "base_config.py lists them all"
+            "error: the configuration cannot be read "
+            f"({type(error).__name__}: {first[:200]})"
         )
+
+
+def unknown_field(argv: list[str]) -> str:
+    """What is wrong with the name of the first field that there is not."""
+    known = base_config.get_config()
+    for argument in argv[1:]:
+        named = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        node: Any = known
+        for name in named[1].split(".") if named else ():
+            inner = node if isinstance(node, ml_collections.ConfigDict) else {}
+            if name not in inner:
+                meant = difflib.get_close_matches(name, inner, 1)
+                return (
+                    f"the configuration has no field {name!r}"
+                    f"{f', did you mean {meant[0]!r}' if meant else ''}"
+                )
+            node = inner[name]
+    return ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import ml_collections
 import numpy as np
 
 from data.decoding import random_resized_crop, resized_centre
-from data.sources import Data, Unreadable, read
+from data.source import Unreadable, read
+from data.sources import Data
 from errors import UserError
 
 __all__ = ["steps_per_epoch", "test_batches", "train_batches"]

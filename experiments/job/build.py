@@ -11,16 +11,20 @@ import ml_collections
 import optax
 
 import paths
+from base_config import EPOCHS
 from data import sources
 from data.input_pipeline import steps_per_epoch
 from errors import UserError
 from job.costs import abstract_variables, kernels_of
 from job.optimizers import make_optimizer
-from job.rates import learning_rate, total_steps
+from job.rates import cycles, learning_rate, total_steps
 from job.settings import Settings, settle
 from models import create_model
 
 __all__ = ["Job", "assemble", "build"]
+
+LAST_STEP = 2**31 - 1
+"""Steps are counted in 32 bits."""
 
 
 class Job(NamedTuple):
@@ -74,6 +78,7 @@ def assemble(settings: Settings, data: sources.Data) -> Job:
         kernels = kernels_of(model, config)
     with _told("sparsity"):
         _check_dense(config, params)
+        _check_length(config, epoch)
         steps = total_steps(config, epoch)
     with _told("learning_rate"):
         jax.eval_shape(learning_rate(config, epoch), 0)
@@ -96,9 +101,33 @@ def _told(section: str) -> Iterator[None]:
 def _check_dense(config: ml_collections.ConfigDict, params: Any) -> None:
     """Every path of ``config.sparsity.dense`` is that of a kernel."""
     names = list(paths.kernels(params))
-    for path in config.sparsity.dense or ():
+    dense = config.sparsity.dense or ()
+    for path in dense:
         if not any(fnmatch.fnmatchcase(name, path) for name in names):
             raise ValueError(
                 f"the path {path!r} of dense matches no kernel: there are "
                 f"{', '.join(names[:3])} and {len(names) - 3} more"
+            )
+    if all(any(fnmatch.fnmatchcase(name, x) for x in dense) for name in names):
+        raise ValueError(
+            f"no parameter is prunable, as a path of dense matches each kernel, got "
+            f"{dense!r}"
+        )
+
+
+def _check_length(config: ml_collections.ConfigDict, steps_per_epoch: int) -> None:
+    """The run comes to an end, and its steps can be counted on the device."""
+    times = cycles(config) + config.second_cycle
+    rounds = f" in {times:,} cycles" if times > 1 else ""
+    if config.sparsity.method == "lrr":
+        rounds += f", as config.lrr.keep is {config.lrr.keep}"
+    for count, most, unit in (
+        (total_steps(config, 1), EPOCHS, "epochs"),
+        (total_steps(config, steps_per_epoch), LAST_STEP, "steps"),
+    ):
+        if count > most:
+            raise UserError(
+                f"the run has {most:,} {unit} or less, got {count:,}: "
+                f"config.num_epochs is {config.num_epochs:,}{rounds}, and "
+                f"config.fine_tune_epochs {config.fine_tune_epochs:,}"
             )

@@ -60,11 +60,6 @@ def _ramps(config: Any, steps_per_epoch: int) -> Any:
     layers = config.sparsity.layers
     if not layers:
         return _ramp(config, steps_per_epoch, config.sparsity.final)
-    if not all(isinstance(layer, tuple) and len(layer) == 2 for layer in layers):
-        raise ValueError(f"layers are pairs of a path and its final, got {layers!r}")
-    paths = [path for path, _ in layers]
-    if not all(isinstance(path, str) for path in paths) or len({*paths}) < len(paths):
-        raise ValueError(f"the paths of layers are texts, each once, got {paths!r}")
     return {path: _ramp(config, steps_per_epoch, final) for path, final in layers}
 
 

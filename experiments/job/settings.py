@@ -6,9 +6,7 @@ method, or else the one for all methods. What is of no use under the other setti
 ``None`` in the end, and an error if it was set.
 """
 
-import math
-import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,78 +15,10 @@ import numpy as np
 
 import base_config
 from errors import UserError
+from fields import checked, shown
 from job.methods import DENSE_WITHIN, METHODS
 
 __all__ = ["Settings", "settle"]
-
-CHOICES = {
-    "learning_rate.schedule": ("step", "cosine"),
-    "data.augmentation": ("none", "shift", "resized_crop"),
-    "data.broken_images": ("stop", "skip"),
-    "not_finite": ("stop", "skip"),
-    "sparsity.budget": ("weights", "multiply_adds"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-}
-AT_LEAST = {
-    "seed": 0,
-    "batch_size": 1,
-    "num_epochs": 1,
-    "fine_tune_epochs": 0,
-    "log_every_steps": 1,
-    "eval_every_epochs": 1,
-    "accumulate_steps": 1,
-    "ema_decay": 0,
-    "label_smoothing": 0,
-    "data.image_size": 1,
-    "data.workers": 0,
-    "data.shift_pixels": 0,
-    "model.depth": 1,
-    "model.width": 1,
-    "model.widen": 1,
-    "model.stem_stride": 1,
-    "model.dropout": 0,
-    "model.norm_momentum": 0,
-    "optimizer.momentum": 0,
-    "optimizer.weight_decay": 0,
-    "learning_rate.peak": 0,
-    "learning_rate.warmup_epochs": 0,
-    "learning_rate.drop_factor": 0,
-    "learning_rate.fine_tune": 0,
-    "sparsity.begin_epoch": 0,
-    "probmask.learning_rate": 0,
-    "str_.weight_decay": 0,
-}
-ABOVE: dict[str, float] = {
-    "checkpoint_every_epochs": 0,
-    "model.multiplier": 0,
-    "optimizer.clip_norm": 0,
-    "rigl.end": 0,
-}
-BELOW: dict[str, float] = {
-    "seed": 2**32,
-    "num_epochs": 10**6,
-    "fine_tune_epochs": 10**6,
-    "ema_decay": 1,
-    "label_smoothing": 1,
-    "model.dropout": 1,
-    "model.norm_momentum": 1,
-    "optimizer.momentum": 1,
-    **dict.fromkeys(
-        [
-            "checkpoint_every_epochs",
-            "learning_rate.drop_factor",
-            "learning_rate.fine_tune",
-            "learning_rate.peak",
-            "model.multiplier",
-            "optimizer.clip_norm",
-            "optimizer.weight_decay",
-            "probmask.learning_rate",
-            "sparsity.end_epoch",
-            "str_.weight_decay",
-        ],
-        math.inf,
-    ),
-}
 
 
 class Settings(NamedTuple):
@@ -154,14 +84,12 @@ def settle(config: ml_collections.ConfigDict) -> Settings:
     Raises:
         UserError: With the field, its value and what it may be.
     """
-    known = base_config.get_config()
-    _check_fields(config, known, "config")
-    given = _flat({k: v for k, v in config.items() if k != "defaults"})
-    method = given["sparsity.method"]
-    _check_choice("sparsity.method", method, tuple(METHODS))
-    common, own = _defaults(config, known)
+    given = _known(config, base_config.FIELDS | {"defaults": None}, "config")
+    defaults = given.pop("defaults")
+    given = {field: _checked(field, value) for field, value in given.items()}
+    common, own = _defaults(defaults, given)
     values = {
-        field: _first(value, own.get(field), common.get(field))
+        field: _checked(field, _first(value, own.get(field), common.get(field)), common)
         for field, value in given.items()
     }
     if given["learning_rate.drop_epochs"] is None:  # those of a longer training
@@ -169,15 +97,12 @@ def settle(config: ml_collections.ConfigDict) -> Settings:
         values["learning_rate.drop_epochs"] = tuple(
             epoch for epoch in drops if epoch < values["num_epochs"]
         )
-    for field, choices in CHOICES.items():
-        if values[field] is not None:
-            _check_choice(field, values[field], choices)
     values = _useful(given, values)
     used = {field: x for field, x in values.items() if x is not None}
-    _check_numbers(used)
+    _check_together(used)
     _check_epochs(used)
     origins = {
-        field: method
+        field: values["sparsity.method"]
         for field in own
         if given[field] is None and values[field] is not None
     }
@@ -188,19 +113,39 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _checked(field: str, value: Any, valued: Container[str] = ()) -> Any:
+    """The value, as one that the field may have.
+
+    Args:
+        field: Its name, with dots.
+        value: What it has.
+        valued: Fields that have a value, though ``base_config.py`` gives them none.
+    """
+    kind = KINDS[field]
+    unset = value is None and kind.default is None and field not in valued
+    return None if unset else checked(field, kind, value)
+
+
 def _defaults(
-    config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
+    defaults: Any, given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``config.defaults``: what all methods share, and what the method's own are."""
-    _check_fields(config.defaults, {"common": known.defaults.common}, "defaults")
-    common = _flat(config.defaults.common)
-    for method, section in config.defaults.items():
-        _check_choice("defaults", method, ("common", *METHODS))
+    if not isinstance(defaults, ml_collections.ConfigDict):
+        raise UserError(
+            f"config.defaults has fields and their values, got {shown(defaults)}"
+        )
+    for method in defaults:
+        if method not in ("common", *METHODS):
+            listed = ", ".join(map(repr, ("common", *METHODS)))
+            raise UserError(f"config.defaults is one of {listed}, got {method!r}")
+    known = base_config.DEFAULTS["common"]
+    common = _known(defaults.get("common"), known, "config.defaults.common")
+    for method, section in defaults.items():
         if method != "common":
             _check_own(method, section, common)
-    own = _flat(config.defaults.get(config.sparsity.method, {}))
+    own = _flat(defaults.get(given["sparsity.method"], {}))
     if "ramp" in own:
-        begin, end = (share * config.num_epochs for share in own.pop("ramp"))
+        begin, end = (share * given["num_epochs"] for share in own.pop("ramp"))
         own = {"sparsity.begin_epoch": begin, "sparsity.end_epoch": end, **own}
     return common, own
 
@@ -209,14 +154,15 @@ def _check_own(method: str, section: Any, common: dict[str, Any]) -> None:
     """The defaults of a method are of fields that have one, and that it has."""
     where = f"config.defaults.{method}"
     if not isinstance(section, ml_collections.ConfigDict):
-        raise UserError(f"{where} has fields and their values, got {section!r}")
+        raise UserError(f"{where} has fields and their values, got {shown(section)}")
     own = _flat(section)
     ramp = own.pop("ramp", None)
     if ramp is not None:
         own["sparsity.begin_epoch"] = ramp
-        if not isinstance(ramp, tuple) or len(ramp) != 2:
+        if not _is_ramp(ramp):
             raise UserError(
-                f"{where}.ramp is two shares of num_epochs, (begin, end), got {ramp!r}"
+                f"{where}.ramp is two shares of num_epochs, (begin, end), got "
+                f"{shown(ramp)}"
             )
     for field in own.keys() - common.keys():
         raise UserError(
@@ -229,6 +175,14 @@ def _check_own(method: str, section: Any, common: dict[str, Any]) -> None:
                 f"{where}.{field} does nothing, as only {need.words} has that field: "
                 "leave it out"
             )
+
+
+def _is_ramp(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(x, int | float | np.number) and 0 <= x <= 1 for x in value)
+    )
 
 
 def _useful(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -259,33 +213,25 @@ def _needs_of_methods(fields: Iterable[str]) -> Iterator[tuple[str, Need]]:
             yield field, _one_of("sparsity.method", *having)
 
 
-def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise UserError(f"config.{field} is one of {listed}, got {value!r}")
-
-
-def _check_numbers(values: dict[str, Any]) -> None:
-    for field, least in AT_LEAST.items():
-        if field in values and not values[field] >= least:
-            raise UserError(f"config.{field} is {least} or more, got {values[field]}")
-    for field, bound in ABOVE.items():
-        if field in values and not values[field] > bound:
-            raise UserError(f"config.{field} is above {bound}, got {values[field]}")
-    for field, bound in BELOW.items():
-        if field in values and not values[field] < bound:
-            raise UserError(f"config.{field} is below {bound}, got {values[field]}")
-    for field in ("data.mean", "data.std"):
-        if not all(_is_number(x) for x in values[field]):
-            raise UserError(f"config.{field} is made of numbers, got {values[field]}")
+def _check_together(values: dict[str, Any]) -> None:
+    """What relates one field to another, but for epochs."""
     channels = len(values["data.mean"])
     if channels not in (1, 3) or len(values["data.std"]) != channels:
         raise UserError(
             "config.data.mean and config.data.std have a number for each channel, 1 or "
             f"3, got {channels} and {len(values['data.std'])}"
         )
-    if not all(std > 0 for std in values["data.std"]):
-        raise UserError(f"config.data.std is above 0, got {values['data.std']}")
+    if values["data.test_split"] == values["data.train_split"]:
+        raise UserError(
+            f"config.data.test_split {values['data.test_split']!r} is what config.data."
+            "train_split is: test on other images than those to train on"
+        )
+    size = values["data.image_size"]
+    if values.get("data.shift_pixels", 0) > size:
+        raise UserError(
+            f"config.data.shift_pixels is {size} or less, as config.data.image_size is "
+            f"{size}, got {values['data.shift_pixels']}"
+        )
     devices, parts = jax.device_count(), values["accumulate_steps"]
     if values["batch_size"] % (devices * parts):
         accumulated = f" in {parts} accumulated parts" if parts > 1 else ""
@@ -298,15 +244,17 @@ def _check_numbers(values: dict[str, Any]) -> None:
             "config.data.in_memory keeps images as large as the network's input, and "
             "config.data.augmentation 'resized_crop' needs them whole: choose one"
         )
+    paths = [path for path, _ in values.get("sparsity.layers", ())]
+    if not all(isinstance(path, str) for path in paths) or len({*paths}) < len(paths):
+        raise UserError(
+            "config.sparsity: the paths of layers are texts, each once, got "
+            f"{shown(paths)}"
+        )
     if values["second_cycle"] and values["sparsity.method"] == "lrr":
         raise UserError(
             "config.second_cycle rewinds the rates once, and method 'lrr' does so for "
             "each cycle: choose one"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _check_epochs(values: dict[str, Any]) -> None:
@@ -329,36 +277,41 @@ def _check_epochs(values: dict[str, Any]) -> None:
                 f"got {last}"
             )
     drops = values.get("learning_rate.drop_epochs", ())
-    whole = all(isinstance(x, int | np.integer) and 0 < x < epochs for x in drops)
-    if not whole or sorted(set(drops)) != list(drops):
+    if not all(0 < x < epochs for x in drops) or sorted({*drops}) != [*drops]:
         raise UserError(
             "config.learning_rate.drop_epochs are whole numbers above 0 and below "
-            f"config.num_epochs, {epochs}, each after the one before, got {drops}"
+            f"config.num_epochs, {epochs}, each after the one before, got "
+            f"{shown(drops)}"
         )
 
 
-def _check_fields(config: Any, known: Any, where: str) -> None:
-    """Every field is one of ``base_config.py``."""
+def _known(config: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of fields, with dots in their names; each is one of the known ones."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{where} has fields and their values, got {shown(config)}")
     for name in known:
         if name not in config:
             raise UserError(f"{where}.{name} is missing: start from base_config.py")
+    flat: dict[str, Any] = {}
     for name, value in config.items():
-        if name not in known and where == "defaults":
-            continue  # those of a method are checked by themselves
         if name not in known:
             raise UserError(
                 f"{where}.{name} is not a field of a configuration: {where} has "
                 f"{', '.join(sorted(known))}"
             )
-        if isinstance(known[name], ml_collections.ConfigDict) and name != "defaults":
-            _check_fields(value, known[name], f"{where}.{name}")
+        if isinstance(known[name], dict):
+            inner = _known(value, known[name], f"{where}.{name}")
+            flat |= {f"{name}.{key}": x for key, x in inner.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The fields of nested configurations with dots in their names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        nested = isinstance(value, ml_collections.ConfigDict)
+        nested = isinstance(value, dict | ml_collections.ConfigDict)
         flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
 
@@ -373,3 +326,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(section, {})
         node[name] = value
     return tree
+
+
+KINDS = _flat(base_config.FIELDS)
+"""Every field of a configuration, with dots in its name."""
