@@ -25,7 +25,9 @@ class _Records:
     def __init__(self, source: Any, split: str, builder: Any):
         self.source = source
         self.place = f"of the split {split!r} in {builder.data_path}"
-        self.info = builder.info
+        labels = builder.info.features["label"].names
+        splits = {key: x.num_examples for key, x in builder.info.splits.items()}
+        self.facts = [builder.info.full_name, labels, *sorted(splits.items())]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -45,10 +47,7 @@ class _Records:
 
         Not of its files: the same images may have been packed anew elsewhere.
         """
-        splits = sorted(
-            (name, split.num_examples) for name, split in self.info.splits.items()
-        )
-        return digest([self.info.full_name, self.info.features["label"].names, splits])
+        return digest(self.facts)
 
 
 def open_tfds(config: ml_collections.ConfigDict) -> tuple[Opened, Opened, int]:
