@@ -20,7 +20,8 @@ from absl import flags
 from PIL import Image
 
 import imagenet_st3
-from data import files, input_pipeline, sources
+from data import files, folders, input_pipeline, sources
+from data import records as records_of_tfds
 from data.headers import BrokenImage
 from errors import UserError
 
@@ -266,14 +267,14 @@ def test_a_broken_image_is_named(folder, damage, reason, in_memory, monkeypatch)
 
 def damaged_when_listed(monkeypatch, damage):
     """Does it after the names of all files are known."""
-    open_folder = sources._open_folder
+    open_folder = sources.open_folder
 
     def opened(config):
         data = open_folder(config)
         damage()
         return data
 
-    monkeypatch.setattr(sources, "_open_folder", opened)
+    monkeypatch.setattr(sources, "open_folder", opened)
 
 
 @pytest.mark.parametrize(("damage", "reason"), BROKEN.values(), ids=BROKEN)
@@ -347,7 +348,7 @@ def test_what_may_not_be_read_is_a_sentence(public):
     with as_nobody(), pytest.raises(BrokenImage, match=r"^Permission denied$"):
         files.read_file(str(file), 100)
     with as_nobody(), pytest.raises(UserError) as error:
-        sources._visible(inner, folders=False)
+        folders._visible(inner, folders=False)
     assert str(error.value).startswith(
         f"the folder {inner} cannot be read (Permission denied): see whether"
     )
@@ -601,7 +602,6 @@ def test_a_data_set_without_labels_is_refused(tmp_path, monkeypatch):
         class info:  # noqa: N801  as TFDS has it
             features = types.MappingProxyType({"image": None, "caption": None})
 
-    monkeypatch.setattr(sources, "_builder", lambda config: Unlabelled)
-    monkeypatch.setattr(sources, "_prepared", lambda builder, config: builder)
+    monkeypatch.setattr(records_of_tfds, "_prepared", lambda config: Unlabelled)
     with pytest.raises(UserError, match="no image and label, but image, caption"):
         sources.load(configure(tmp_path, name="captions"))

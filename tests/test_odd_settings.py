@@ -33,7 +33,7 @@ from job.settings import KINDS, settle
 
 BENCHMARKS = pathlib.Path(base_config.__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the folder is no package
-odd = importlib.import_module("odd_settings")
+odd = importlib.import_module("odd_values")
 
 LIMIT = 60  # seconds, for what would never end
 SLOW = {("model.depth", 1500)}  # a deep network takes its time, and starts

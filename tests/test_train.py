@@ -10,6 +10,7 @@ from training import last_state, same_bits, tiny
 
 import train
 from data import input_pipeline, sources
+from data.source import Unreadable
 from errors import UserError
 from job import steps
 from job.build import build
@@ -139,7 +140,7 @@ class Damaged:
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise sources.Unreadable(f"the image {index} cannot be read", "mend it")
+            raise Unreadable(f"the image {index} cannot be read", "mend it")
         return self.source[index]
 
 

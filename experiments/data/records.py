@@ -3,19 +3,17 @@
 import contextlib
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 import tensorflow_datasets as tfds
 
-from data.builders.digits import Digits
 from data.source import Opened, digest, overlap, unreadable
 from errors import UserError
 
 __all__ = ["open_tfds"]
 
-BUILDERS = {"digits": Digits}
 SKIP_DECODING = {"image": tfds.decode.SkipDecoding()}
 
 
@@ -50,19 +48,21 @@ class _Records:
         return digest(self.facts)
 
 
-def open_tfds(config: ml_collections.ConfigDict) -> tuple[Opened, Opened, int]:
+def open_tfds(
+    config: ml_collections.ConfigDict, make: Callable[..., Any] | None
+) -> tuple[Opened, Opened, int]:
     """Sources of images to train and to test on, and how many classes there are.
 
-    What can be prepared without a network is prepared.
+    Args:
+        config: A configuration that names the data set.
+        make: The class of its builder, if that prepares it without a network.
 
     Raises:
         UserError: If ``config.data`` names no data set that is there and fits.
     """
-    name = config.data.name
     with _opening(config):
-        make = _made_here if name in BUILDERS else _prepared
-        builder = make(config)
-        features = _features(builder, name)
+        builder = _made_here(config, make) if make else _prepared(config)
+        features = _features(builder, config.data.name)
         _check_channels(features["image"].shape[-1], config)
         _check_splits(builder, config)
         train, test = (
@@ -149,10 +149,10 @@ def _records(builder: Any, split: str) -> _Records:
     return _Records(source, split, builder)
 
 
-def _made_here(config: ml_collections.ConfigDict) -> Any:
+def _made_here(config: ml_collections.ConfigDict, make: Callable[..., Any]) -> Any:
     """The builder of a data set that is made here."""
     tfds.disable_progress_bar()
-    make, data_dir = BUILDERS[config.data.name], config.data.dir
+    data_dir = config.data.dir
     try:
         builder = make(data_dir=data_dir or None, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
@@ -212,11 +212,13 @@ def _preparation(name: str, data_dir: str) -> str:
 
 
 def _builder(config: ml_collections.ConfigDict) -> Any:
-    name = config.data.name
+    name, data_dir = config.data.name, config.data.dir
     try:
-        return tfds.builder(name, data_dir=config.data.dir or None)
+        return tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # a name that is none, a version, what is not installed
         unknown = isinstance(error, tfds.core.DatasetNotFoundError)
+        if not unknown and (pathlib.Path(data_dir) / name.partition("/")[0]).is_dir():
+            raise  # it is there, and damaged
         raise UserError(
             f"config.data.name is 'digits', 'folder' or a data set of TFDS, got "
             f"{name!r}{'' if unknown else f' ({_first_line(error)})'}"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from data.builders.digits import Digits
 from data.decoding import resized_centre
 from data.folders import open_folder
 from data.records import open_tfds
@@ -19,6 +20,7 @@ from errors import UserError
 
 __all__ = ["Data", "load"]
 
+BUILDERS = {"digits": Digits}
 MOST_TRIED = 1000  # images of a split before none of it counts as readable
 
 
@@ -50,8 +52,13 @@ def load(config: ml_collections.ConfigDict) -> Data:
         UserError: If the data set is unknown, not prepared yet, or does not fit the
             configuration.
     """
-    open_images = open_folder if config.data.name == "folder" else open_tfds
-    data = _with_identity(*open_images(config))
+    name = config.data.name
+    opened = (
+        open_folder(config)
+        if name == "folder"
+        else open_tfds(config, BUILDERS.get(name))
+    )
+    data = _with_identity(*opened)
     if not len(data.test):
         raise UserError(
             f"config.data.test_split {config.data.test_split!r} of "
