@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -217,7 +218,8 @@ def _builder(config: ml_collections.ConfigDict) -> Any:
         return tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # a name that is none, a version, what is not installed
         unknown = isinstance(error, tfds.core.DatasetNotFoundError)
-        if not unknown and (pathlib.Path(data_dir) / name.partition("/")[0]).is_dir():
+        folder = re.match(r"\w*", name)[0]  # type: ignore[index]  # matches always
+        if folder and not unknown and (pathlib.Path(data_dir) / folder).is_dir():
             raise  # it is there, and damaged
         raise UserError(
             f"config.data.name is 'digits', 'folder' or a data set of TFDS, got "
