@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 from programs import two_processes
+from workdirs import few_files
 
 import digits_st3
 from data import sources
@@ -44,12 +47,12 @@ def reserved_address():
         yield f"localhost:{reserved.getsockname()[1]}"
 
 
-def start(arguments, devices):
+def start(arguments, devices, limited=()):
     # Without programs that one of two finds compiled: they have to be ready together.
     shared = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, *arguments],
+        [*limited, sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +84,7 @@ def test_two_processes_end_with_the_thresholds_of_one():
     assert outputs == [alone, alone]
 
 
-def train_in_two(fates, workdir, data_dir):
+def train_in_two(fates, workdir, data_dir, limited=()):
     """Starts ``train.py`` twice, with two devices each."""
     with reserved_address() as address:
         started = [
@@ -92,6 +95,7 @@ def train_in_two(fates, workdir, data_dir):
                     *("--processes=2", f"--process={i}"),
                 ],
                 devices=2,
+                limited=limited,
             )
             for i, fate in enumerate(fates)
         ]
@@ -168,3 +172,43 @@ def test_a_process_that_is_told_to_stop_stops_both_and_they_go_on(
     for status, _, error in ends:
         assert status == 0, error
     assert fingerprints(ends[0][1])[-1] == fingerprints(of_two[1][0][1])[-1]
+
+
+def test_a_disk_that_is_full_ends_both(tmp_path, data_dir):
+    with few_files(tmp_path, 40) as limited:
+        (one, _, error), (two, _, lost) = train_in_two(
+            ["end", "end"], tmp_path / "run", data_dir, limited
+        )
+    assert one == 1
+    assert re.search(r"error: writing to .* failed \((No space|File too)", error)
+    assert two != 0
+    assert re.search("one of the 2 processes seems to be lost|another task died", lost)
+
+
+def test_two_processes_with_other_images_are_told(tmp_path, data_dir):
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (images / split / name).mkdir(parents=True)
+            for i in range(64):
+                Image.new("L", (8, 8)).save(images / split / name / f"{i}.png")
+    other = shutil.copytree(images, tmp_path / "other")
+    (other / "train" / "a" / "0.png").unlink()
+    fields = ["--config.data.name=folder", "--config.data.in_memory=False"]
+    with reserved_address() as address:
+        started = [
+            start(
+                [
+                    *(*TRAIN, "end", *SETTINGS, *fields, f"--config.data.dir={folder}"),
+                    *(f"--workdir={tmp_path / 'run'}", f"--coordinator={address}"),
+                    *("--processes=2", f"--process={i}"),
+                ],
+                devices=2,
+            )
+            for i, folder in enumerate((images, other))
+        ]
+        ends = finish(started)
+    assert not (tmp_path / "run").exists()
+    for status, _, error in ends:
+        assert status == 1
+        assert re.search(r"the images of process \d are not those of process \d", error)

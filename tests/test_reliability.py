@@ -22,6 +22,7 @@ from workdirs import (
     collect_garbage,
     copied,
     expect_the_same_end,
+    few_files,
     flip,
     folder,
     metrics,
@@ -474,29 +475,14 @@ def test_the_last_net_ends_with_a_status(tmp_path):
 # Disks.
 
 
-@contextlib.contextmanager
-def few_files(folder, number):
-    """A file system with room for so many files, or else for files of few bytes.
-
-    Yields:
-        What the command that starts a run begins with.
-    """
-    mount = ["mount", "-t", "tmpfs", "-o", f"size=64m,nr_inodes={number}", "st3jax"]
-    mounted = not subprocess.run([*mount, folder], capture_output=True).returncode
-    try:
-        yield [] if mounted else ["prlimit", f"--fsize={64 * number}", "--"]
-    finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.mark.parametrize("number", [6, 24, 46])
+@pytest.mark.parametrize(("number", "workers"), [(6, 0), (24, 0), (46, 2)])
 def test_a_disk_without_room_for_files_ends_the_run_at_once(
-    overrides, tmp_path, number
+    overrides, tmp_path, number, workers
 ):
+    decoding = {"data.in_memory": False, "data.workers": workers} if workers else {}
     with few_files(tmp_path, number) as limited:
         run = subprocess.Popen(
-            [*limited, *command(tmp_path / "run", **overrides)],
+            [*limited, *command(tmp_path / "run", **overrides, **decoding)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

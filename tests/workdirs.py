@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,19 @@ def at_step(monkeypatch, number, act):
                 yield act(batch) if step == number else batch
 
     monkeypatch.setattr(input_pipeline, "train_batches", patched)
+
+
+@contextlib.contextmanager
+def few_files(folder, number):
+    """A file system with room for so many files, or else for files of few bytes.
+
+    Yields:
+        What the command that starts a run begins with.
+    """
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64m,nr_inodes={number}", "st3jax"]
+    mounted = not subprocess.run([*mount, folder], capture_output=True).returncode
+    try:
+        yield [] if mounted else ["prlimit", f"--fsize={64 * number}", "--"]
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
