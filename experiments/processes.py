@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "HEARTBEAT_SECONDS",
     "Interrupted",
     "Request",
+    "agreeing",
     "asked_to_stop",
     "check_same",
     "join",
@@ -24,6 +26,8 @@ __all__ = [
 
 HEARTBEAT_SECONDS = 60
 """How long a silent process counts as alive; after it the others end."""
+LONGEST = 2000
+"""Bytes of a sentence that processes tell each other."""
 WAIT_SECONDS = 5
 """How long a run that was asked to stop still waits for images."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -41,14 +45,30 @@ def join(
             by JAX itself on TPU pods, Slurm, Open MPI and Kubernetes.
         processes: Number of processes.
         process: Number of this one, from 0.
+
+    Raises:
+        UserError: If these do not make a run, or the others cannot be reached.
     """
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    if coordinator and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator is host:port, got {coordinator!r}")
+    if coordinator and not (processes and process in range(processes)):
+        raise UserError(
+            "--coordinator needs --processes, 1 or more, and --process, from 0 to one "
+            f"less, got {processes} and {process}"
+        )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the other processes of the run cannot be joined ({reason}): see --help"
+        ) from error
 
 
 def check_same(what: str, facts: Any) -> None:
@@ -66,6 +86,31 @@ def check_same(what: str, facts: Any) -> None:
                 f"{what} of process {process} are not those of process "
                 f"{jax.process_index()}: give all the same config.data and content"
             )
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """What one process finds wrong ends all of them, with its sentence.
+
+    Otherwise the others would wait for it, and break off with pages about that.
+
+    Raises:
+        UserError: On all processes, if one raises it.
+    """
+    mine = ""
+    try:
+        yield
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        mine = str(error)
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(mine.encode()[:LONGEST].ljust(LONGEST), np.uint8)
+    for row in multihost_utils.process_allgather(text):
+        told = row.tobytes().decode(errors="replace").strip()
+        if told:
+            raise UserError(mine or told)
 
 
 class Interrupted(Exception):  # noqa: N818  it is no mistake

@@ -8,9 +8,16 @@ stopped. For many hosts the same command is started on each, with ``--distribute
 with ``--coordinator=host:port --processes=... --process=...``.
 """
 
+import beginning
+
+if __name__ == "__main__":
+    beginning.tell()
+
 import contextlib
 import difflib
 import functools
+import hashlib
+import os
 import pathlib
 import re
 import sys
@@ -118,7 +125,7 @@ def evaluate(
     if fixed:
         networks.pop("dense_test", None)
     sums: dict[str, list[Any]] = {name: [] for name in networks}
-    with contextlib.closing(input_pipeline.test_batches(data, config)) as batches:
+    with _closing(input_pipeline.test_batches(data, config)) as batches:
         while True:
             with waiting():
                 batch = next(batches, None)
@@ -245,15 +252,21 @@ def train_and_evaluate(
         processes.asked_to_stop() as asked_to_stop,
         _folder_of_this_process(pathlib.Path(workdir)) as folder,
     ):
-        job = build(config)
+        with processes.agreeing():
+            job = build(config)
         processes.check_same("the images", job.data.identity)
-        with only_run(folder):
-            claim_workdir(folder, job.config)
-            return _train_and_evaluate(job, folder, asked_to_stop)
+        with contextlib.ExitStack() as stack:
+            with processes.agreeing():
+                check_here = stack.enter_context(only_run(folder))
+                claim_workdir(folder, job.config)
+            return _train_and_evaluate(job, folder, asked_to_stop, check_here)
 
 
 def _train_and_evaluate(
-    job: Job, workdir: pathlib.Path, asked_to_stop: processes.Request
+    job: Job,
+    workdir: pathlib.Path,
+    asked_to_stop: processes.Request,
+    check_here: Callable[[], None],
 ) -> dict[str, Any]:
     console = Console(quiet=jax.process_index() > 0)
     config, data = job.config, job.data
@@ -291,11 +304,9 @@ def _train_and_evaluate(
 
     with (
         checkpoints.closing(manager),
-        contextlib.closing(
-            input_pipeline.train_batches(data, config, start, steps)
-        ) as batches,
         Monitor(workdir, console, start, steps) as monitor,
-        _saving_when_interrupted(manager, job, lambda: state),
+        _saving_when_interrupted(manager, job, lambda: state, check_here),
+        _closing(input_pipeline.train_batches(data, config, start, steps)) as batches,
     ):
         if start == steps or (start and is_tested(start)):  # stopped while it tested
             tests = test(start)
@@ -330,20 +341,38 @@ def _train_and_evaluate(
 
             if saves:
                 one = jax_utils.unreplicate(state)
+                check_here()
                 checkpoints.save(manager, step, one, data.identity)
             if last or stops:
                 checkpoints.wait(manager)
             if stops and not last:
                 raise _stopped(step, steps)
 
+    check_here()
     state = jax_utils.unreplicate(state)
     params = effective_params(config, state.params, state.opt_state)
     return report.write_report(workdir, console, job, params, tests)
 
 
 @contextlib.contextmanager
+def _closing(batches: Any) -> Iterator[Any]:
+    """Closes the batches, unless what they wait for may never come."""
+    try:
+        yield batches
+    except processes.Interrupted:
+        raise
+    except BaseException:
+        batches.close()
+        raise
+    batches.close()
+
+
+@contextlib.contextmanager
 def _saving_when_interrupted(
-    manager: Any, job: Job, current: Callable[[], TrainState]
+    manager: Any,
+    job: Job,
+    current: Callable[[], TrainState],
+    check_here: Callable[[], None],
 ) -> Iterator[None]:
     """Saves the state if the run is asked to stop while it waits for images."""
     try:
@@ -352,6 +381,7 @@ def _saving_when_interrupted(
         state = jax_utils.unreplicate(current())
         step = int(state.step)
         if step != manager.latest_step():
+            check_here()
             checkpoints.save(manager, step, state, job.data.identity)
         checkpoints.wait(manager)
         raise _stopped(step, job.steps) from None
@@ -364,6 +394,9 @@ def _stopped(step: int, steps: int) -> Stopped:
     )
 
 
+LONGEST_NAME = 150
+
+
 def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path:
     """``runs/<configuration>``, with the fields that the command line changed."""
     changes = [
@@ -371,7 +404,12 @@ def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path
         for name, value in sorted(overrides.items())
         if name not in FREE
     ]
-    return pathlib.Path("runs", "-".join([pathlib.Path(config_file).stem, *changes]))
+    name = "-".join([pathlib.Path(config_file).stem, *changes])
+    plain = re.sub(r"[^\w.=+-]+", "_", name)
+    if len(plain) > LONGEST_NAME:  # of a file, on most disks
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        plain = f"{plain[:LONGEST_NAME]}-{digest[:8]}"
+    return pathlib.Path("runs", plain)
 
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
@@ -401,8 +439,13 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
         if not pathlib.Path(config_file).is_file():
             raise UserError(f"there is no configuration file {config_file}")
+        workdir = _usable_name(workdir)
+        many = PROCESSES.value is not None or PROCESS.value is not None
+        if many and not COORDINATOR.value:
+            raise UserError("--processes and --process need --coordinator=host:port")
         if DISTRIBUTED.value or COORDINATOR.value:
             processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        _check_devices()
         train_and_evaluate(CONFIG.value, workdir)
     except Stopped as stopped:
         print(stopped)
@@ -416,6 +459,30 @@ def main(argv: list[str]) -> None:
         )
     except Exception as error:
         terminal.end(1, f"error: {_told(error, workdir)}")
+
+
+def _usable_name(workdir: pathlib.Path) -> pathlib.Path:
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir is a name in UTF-8, got {str(workdir)!r}: choose another"
+        ) from None
+    return workdir
+
+
+def _check_devices() -> None:
+    """There is something to compute on."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            "JAX finds no device"
+            f"{f' ({reason})' if reason else ''}: JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS')!r}, and names what this machine and "
+            "this installation have, or is not set"
+        ) from error
 
 
 def _told(error: Exception, workdir: pathlib.Path) -> str:

@@ -1,7 +1,7 @@
 """Sparse training in JAX: ST-3 as a function of parameters and an Optax transform.
 
     tx = st3jax.st3(optax.sgd(0.1, momentum=0.9), sparsity=0.9)   # wraps your optimizer
-    params = st3jax.sparsify(params, opt_state)                   # in your loss
+    w = st3jax.sparsify(params, opt_state)                        # in your loss
     weights = st3jax.finalize(params, opt_state)                  # exact zeros, to ship
 
 Another method is another name in the first line: ``ste``, ``gmp``, ``lrr``,

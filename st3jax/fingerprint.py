@@ -106,11 +106,11 @@ def check_seen(state: Any, params: Any, weights: Any) -> None:
     raise ValueError(
         "these weights are not those that the optimizer state has last seen: with it "
         f"{zeros} of {total} prunable weights would be zero, a share of "
-        f"{zeros / total:.4g}{wanted}. Were they finalized already, averaged, scaled "
-        "or changed after the update, or are they of another step or model? What "
-        "changes updates or weights (optax.lookahead, schedule_free, scale) goes "
-        "inside, as st3(optax.lookahead(...), ...); an average gets its zeros by "
-        "st3jax.prune(average, sparsity)"
+        f"{zeros / total:.4g}{wanted}. Were they finalized already, averaged, scaled, "
+        "cast or changed after the update, or are they of another step or model? What "
+        "changes updates or weights (scale, weight decay, schedule_free) goes inside, "
+        "as st3(optax.chain(..., optax.scale(-0.1)), ...); an average gets its zeros "
+        "by st3jax.prune(average, sparsity)"
     )
 
 

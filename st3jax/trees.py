@@ -359,7 +359,10 @@ def _difference(values: Any, params: Any) -> str:
         else f"the params have other leaves besides, such as '{extra}'"
     )
     listed = ", ".join(list(given)[:3]) or "none at all"
-    way_out = "; NNX models have st3jax.nnx.sparsify(model, optimizer)"
+    way_out = (
+        "; NNX models have st3jax.nnx.sparsify(model, optimizer), and finalize and "
+        "summary there"
+    )
     return f"{what} (they hold {listed}){way_out * nnx_model}"
 
 

@@ -662,6 +662,16 @@ BAD = {
     "no kernel": ({"*": "sss"}, ValueError, "neither inputs"),
     "no parameter": ({"mpl/*": "sio"}, ValueError, "matches no parameter"),
     "no mapping": ("sio", TypeError, "layout is a mapping"),
+    "two wrong paths": (
+        {"mpl/kernel": "sio", "blok/kernel": "sio"},
+        ValueError,
+        "'mpl/kernel' of layout matches no parameter",
+    ),
+    "of the variables": (
+        {"params/mlp/kernel": "sio", "params/head/kernel": "io"},
+        ValueError,
+        r"matches no parameter.*trace lambda params, x: model.apply\(\{'params'",
+    ),
 }
 
 
@@ -817,3 +827,39 @@ def test_of_ties_in_bfloat16_the_first_stay_however_they_are_stored():
         cut = cut.T if layout == "oi" else cut.reshape(8, 3)
         expected = [2, -2, 0, 0, 1, 0, 0, 3]
         assert cut.astype(float).T.tolist() == [expected] * 3
+
+
+def test_one_of_two_paths_that_is_misspelt_is_an_error():
+    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("Dense_0", "Dense_1")}
+    wrong = {"Dense_0/kernel": "oi", "dense_1/kernel": "oi"}
+    with pytest.raises(ValueError, match="'dense_1/kernel' of layout matches no param"):
+        st3jax.prune(params, 0.5, layout=wrong)
+    whole = {"Dense_0/kernel": "oi", "Dense_1/kernel": "oi", "Dense_2/kernel": "oi"}
+    st3jax.prune(params, 0.5, layout=whole)  # of which this is a part
+
+
+def stacked_linears(*shapes, out_axes):
+    """Modules of which each holds five kernels, along one axis."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            for i, shape in enumerate(shapes):
+                linear = nnx.Linear(*shape, use_bias=False, rngs=rngs)
+                setattr(self, f"linear{i}", linear)
+
+    @nnx.split_rngs(splits=5)
+    @nnx.vmap(out_axes=out_axes)
+    def made(rngs):
+        return Block(rngs)
+
+    return made(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("axis", "letters"), [(0, "sio"), (1, "iso"), (2, "ios")])
+def test_other_kernels_tell_which_of_equal_axes_is_stacked(axis, letters):
+    model = stacked_linears((5, 5), (5, 7), (7, 7), out_axes=axis)
+    found = st3jax.nnx.layouts(model)
+    assert set(found.values()) == {letters}
+    alone = stacked_linears((5, 5), out_axes=axis)
+    with pytest.raises(ValueError, match=r"'linear0/kernel' are stacked is not clear"):
+        st3jax.nnx.layouts(alone)

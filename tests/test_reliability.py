@@ -37,7 +37,7 @@ from workdirs import (
 import terminal
 import train
 from errors import Stopped, UserError
-from workdir import checkpoints, files, monitor
+from workdir import checkpoints, digests, files, monitor
 from workdir.claim import claim_workdir
 from workdir.lock import only_run
 
@@ -449,7 +449,8 @@ def test_an_error_that_nobody_foresaw_is_a_sentence_and_a_file(tmp_path, capsys)
 CRASH = """
 import sys
 import train
-from absl import app
+from absl import app, logging
+logging.set_verbosity(logging.FATAL)
 def fails(*_, **__):
     raise ZeroDivisionError("of somebody")
 train.train_and_evaluate = fails
@@ -524,7 +525,7 @@ def test_a_workdir_that_is_removed_meanwhile_is_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(train.report, "write_report", removed)
-        with pytest.raises(UserError, match=r"failed \(No such file or directory\)"):
+        with pytest.raises(UserError, match="failed .No such file or directory"):
             train.train_and_evaluate(tiny(**overrides), tmp_path / "run")
 
 
@@ -596,3 +597,178 @@ def test_a_run_notices_that_its_images_have_changed(tmp_path, change, split, tol
     assert said.startswith(f"the images to {split} on have changed since the checkpoi")
     assert f"({told}): data.dir may move, but its content may not change" in said
     assert everything(tmp_path / "run") == before
+
+
+# A workdir that is not what it was.
+
+
+def test_a_workdir_that_is_moved_meanwhile_gets_no_second_one(
+    overrides, tmp_path, monkeypatch
+):
+    def move(batch):
+        while "11" not in names(tmp_path / "run"):
+            time.sleep(0.01)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return batch
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, move)
+        with pytest.raises(UserError, match="no longer the one that this run began in"):
+            train.train_and_evaluate(tiny(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert names(tmp_path / "moved") == {"11"}
+    assert (tmp_path / "moved" / "owner.json").exists()
+
+
+def test_links_in_the_place_of_drafts_are_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "file.draft").symlink_to(precious)
+    files.replace_file(tmp_path / "file", "ours")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "ours"
+    assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_fifo_in_the_workdir_is_told(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is no ordinary file: move it away"):
+        claim_workdir(tmp_path, tiny())
+
+
+@pytest.mark.parametrize("listed", ["/dev/zero", "../../fifo", "fifo"])
+def test_a_list_of_digests_leads_nowhere_else(three_saves, listed):
+    with copied(three_saves) as workdir:
+        step = workdir / "checkpoints" / "3"
+        for place in (workdir, step):
+            os.mkfifo(place / "fifo")
+        entry = {listed: "0"}
+        text = {"blake2b": entry, "of_this_list": digests._of_list(entry)}
+        (step / "files.json").write_text(json.dumps(text))
+        found, said = read(workdir)
+        damaged = listed == "fifo"
+        assert same_bits(found, leaves(small(2 if damaged else 3)))
+        assert ("fifo is no ordinary file" in said) == damaged
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 99999, "[]", '{"blake2b": [], "of_this_list": 3}', "\0"]
+)
+def test_a_list_of_digests_that_is_none_proves_nothing(three_saves, text):
+    with copied(three_saves) as workdir:
+        (workdir / "checkpoints" / "3" / "files.json").write_text(text)
+        found, said = read(workdir)
+        assert same_bits(found, leaves(small(3)))
+        assert said == ""
+
+
+@pytest.mark.parametrize("digest", [{}, [], 3, {"blake2b": 3}])
+def test_a_digest_that_is_none_is_damage(three_saves, digest):
+    with copied(three_saves) as workdir:
+        step = workdir / "checkpoints" / "3"
+        (step / "files.json").unlink()
+        (step / "digest" / "metadata").write_text(json.dumps(digest))
+        found, said = read(workdir)
+        assert same_bits(found, leaves(small(2)))
+        assert "is damaged" in said
+
+
+def test_a_run_without_any_row_of_tests_has_a_report(undisturbed, overrides, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    rows = [{"step": 11, "test_accuracy": 0.5}, {"step": 11, "skipped_images": 1e999}]
+    (tmp_path / monitor.METRICS).write_text("\n".join(map(json.dumps, rows)))
+    train.train_and_evaluate(tiny(**overrides), tmp_path)
+    assert (tmp_path / "course.png").exists()
+
+
+# The command, before there is a run.
+
+
+COMMANDS = [  # more arguments, variables, the sentence
+    (["--processes=2"], {}, "--processes and --process need --coordinator=host:port"),
+    (["--coordinator=junk"], {}, "--coordinator is host:port, got 'junk'"),
+    (["--coordinator=a:1"], {}, "--coordinator needs --processes, 1 or more, and --pr"),
+    (
+        ["--coordinator=a:1", "--processes=2", "--process=5"],
+        {},
+        "from 0 to one less, got 2 and 5",
+    ),
+    ([], {"JAX_PLATFORMS": "junk"}, "JAX finds no device ("),
+    ([], {"JAX_ENABLE_X64": "junk"}, "error: ValueError: invalid truth value 'junk'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "variables", "sentence"), COMMANDS)
+def test_a_command_that_cannot_begin_ends_in_one_line(
+    tmp_path, arguments, variables, sentence
+):
+    run = start(
+        [*command(tmp_path / "run"), *arguments],
+        capture_output=True,
+        env={**os.environ, **variables},
+    )
+    assert run.returncode == 1
+    assert sentence in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+SLOW = """
+import signal, sys, time
+import beginning
+beginning.tell()
+print("here", flush=True)
+time.sleep(600)
+"""
+
+
+def test_ctrl_c_is_told_while_modules_are_imported():
+    experiments = pathlib.Path(train.__file__).parent
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(experiments)},
+    )
+    with run:
+        assert run.stdout.readline() == "here\n"
+        run.send_signal(signal.SIGINT)
+        told = run.stderr.read()
+    assert run.returncode == 130
+    assert told == "\nstopped at once: the same command goes on from the last save\n"
+
+
+def test_a_worker_that_is_stuck_keeps_no_run_that_is_stopped(tmp_path):
+    class_folders(tmp_path / "data")
+    fields = {
+        "data.name": "folder",
+        "data.in_memory": False,
+        "data.workers": 2,
+        "data.dir": tmp_path / "data",
+        "num_epochs": 9999,
+        "log_every_steps": 1,
+        "checkpoint_every_epochs": 9999.0,
+        "eval_every_epochs": 9999,
+    }
+    workdir = tmp_path / "run"
+    run = subprocess.Popen(
+        command(workdir, **fields), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with run:
+        while run.poll() is None and not monitor.read_metrics(workdir):
+            time.sleep(0.1)
+        listed = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
+        for child in listed.split():
+            os.kill(int(child), signal.SIGSTOP)  # as one whose disk does not answer
+        try:
+            time.sleep(1)
+            run.send_signal(signal.SIGTERM)
+            output, _ = run.communicate(timeout=60)
+        finally:
+            for child in listed.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+    assert run.returncode == 0
+    assert b"asked to stop: saved after step" in output

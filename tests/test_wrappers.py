@@ -134,6 +134,37 @@ def lookahead(freeze_step):
 
 
 @pytest.mark.parametrize("freeze_step", [None, 8])
+def test_lookahead_inside_ends_exact(freeze_step):
+    slow_and_fast = optax.lookahead(SGD, sync_period=3, slow_step_size=0.5)
+    inner = optax.GradientTransformation(
+        slow_and_fast.init, lambda g, s, p: slow_and_fast.update(g.fast, s, p)
+    )
+
+    def is_fast_kernel(path, leaf):
+        return path.startswith("fast/") and st3jax.is_kernel(path, leaf)
+
+    tx = st3jax.st3(inner, RAMP, prunable=is_fast_kernel, freeze_step=freeze_step)
+    both = optax.LookaheadParams.init_synced(network())
+    opt_state = tx.init(both)
+
+    @jax.jit
+    def step(both, opt_state, target):
+        def loss_fn(both):
+            w = st3jax.sparsify(both, opt_state).fast
+            parts = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), w, target)
+            return sum(jax.tree.leaves(parts))
+
+        updates, opt_state = tx.update(jax.grad(loss_fn)(both), opt_state, both)
+        return optax.apply_updates(both, updates), opt_state
+
+    for i in range(STEPS):
+        both, opt_state = step(both, opt_state, network(100 + i))
+    sparse = st3jax.finalize(both, opt_state)
+    assert zeros(sparse.fast) == ASKED
+    assert zeros(sparse.slow) == 0
+
+
+@pytest.mark.parametrize("freeze_step", [None, 8])
 def test_lookahead_outside_is_told(freeze_step):
     both, opt_state = lookahead(freeze_step)
     for params in both:

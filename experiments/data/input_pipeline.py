@@ -126,7 +126,7 @@ class _Batches:
 def _obey_parent(worker: int, workers: int) -> None:
     """Leaves signals to the parent of this worker process, and ends when it does."""
     del worker, workers
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
     def outlive(parent: Any) -> None:

@@ -95,7 +95,8 @@ def _told(section: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"config.{section}: {error}") from error
+        text = str(error).replace("prunable=...", "config.sparsity.dense")
+        raise UserError(f"config.{section}: {text}") from error
 
 
 def _check_dense(config: ml_collections.ConfigDict, params: Any) -> None:

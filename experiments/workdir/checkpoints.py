@@ -20,7 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from rich.console import Console
+from rich.markup import escape
 
+import processes
 from errors import UserError
 from paths import by_path
 from workdir.digests import find_damage, write_digests
@@ -192,8 +194,9 @@ def restore(
         UserError: If the checkpoint belongs to another model or optimizer, or to other
             images, or cannot be read, or if all are damaged.
     """
-    if jax.process_index() == 0:
-        state = _newest(checkpoints, state, data or {}, console)
+    with processes.agreeing():
+        if jax.process_index() == 0:
+            state = _newest(checkpoints, state, data or {}, console)
     return _from_first_process(state) if jax.process_count() > 1 else state
 
 
@@ -224,7 +227,8 @@ def _newest(
             place = _move_aside(checkpoints, bad)
             console.print(
                 f"[bold]warning:[/] the checkpoint of step {bad} is damaged ({reason});"
-                f" it is in {place} now; going on from the one of step {step}"
+                f" it is in {escape(str(place))} now; going on from the one of step "
+                f"{step}"
             )
         return restored
     for step, reason in damaged.items():
@@ -284,9 +288,10 @@ def _read(
             "that it is damaged, so it was left as it is; mend that, or move it away "
             "to go on from the one before"
         ) from error
-    if restored["digest"]["blake2b"] != _digest(jax.device_get(restored["state"])):
+    digest = restored["digest"] if isinstance(restored["digest"], dict) else {}
+    if digest.get("blake2b") != _digest(jax.device_get(restored["state"])):
         raise _Damaged("its bits are not those that were written")
-    _check_data(folder, restored["digest"].get("data", {}), data)
+    _check_data(folder, digest.get("data", {}), data)
     return restored["state"]
 
 
@@ -307,11 +312,11 @@ def _check_data(
     folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]
 ) -> None:
     """The images are those that it was trained with, wherever they are now."""
-    for split in there.keys() & here.keys():
-        then, now = there[split], here[split]
+    for split, now in here.items():
+        then = there.get(split, now)
         if then != now:
-            more = then["images"] == now["images"]
-            what = "with other names, labels or sizes" if more else f"{now['images']:,}"
+            same = then["images"] == now["images"]
+            what = "with other names, labels or sizes" if same else f"{now['images']:,}"
             raise UserError(
                 f"the images to {split} on have changed since the checkpoint {folder} "
                 f"was written ({then['images']:,} then, {what} now): data.dir may move,"

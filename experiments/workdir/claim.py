@@ -28,6 +28,9 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     settings = config.to_json_best_effort(indent=2)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        for path in (claim, workdir / "metrics.jsonl"):
+            if path.exists() and not path.is_file():  # some are never read to an end
+                raise UserError(f"{path} is no ordinary file: move it away")
         if not claim.exists():
             replace_file(claim, settings)
         with (workdir / "metrics.jsonl").open("a"):

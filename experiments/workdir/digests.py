@@ -36,15 +36,23 @@ def find_damage(checkpoint: pathlib.Path) -> str | None:
         listed = json.loads((checkpoint / _LIST).read_bytes())
         digests = listed["blake2b"]
         whole = listed["of_this_list"] == _of_list(digests)
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        whole = whole and all(map(_is_inside, digests))
+    except (FileNotFoundError, RecursionError, ValueError, LookupError, TypeError):
         whole = False
     for name, digest in digests.items() if whole else ():
         try:
+            if not (checkpoint / name).is_file() and (checkpoint / name).exists():
+                return f"{name} is no ordinary file"
             if _digest(checkpoint / name) != digest:
                 return f"{name} holds other bits than were written"
         except FileNotFoundError:
             return f"{name} is missing"
     return None
+
+
+def _is_inside(name: str) -> bool:
+    path = pathlib.PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -26,6 +26,8 @@ _SAID = [
 def draft_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file to write in the place of another, which it replaces when it is whole."""
     draft = path.with_name(f"{path.name}.draft")
+    if draft.is_symlink():  # or what it leads to would be written over
+        draft.unlink()
     yield draft
     with draft.open("rb") as file:
         os.fsync(file.fileno())  # or a power cut could leave an empty file
@@ -67,7 +69,12 @@ def writing(folder: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        reason = cause(error)
+        full = reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        name = getattr(error, "filename", None)
+        place = f" at {name}" if name and not full else ""
         raise UserError(
-            f"writing to {folder} failed ({cause(error)}): the checkpoints before are "
-            "intact; make room, and the same command goes on from the last one"
+            f"writing to {folder} failed ({reason}{place}): the checkpoints before are "
+            f"intact; {'make room' if full else 'mend that'}, and the same command "
+            "goes on from the last one"
         ) from error

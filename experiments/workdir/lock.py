@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import filelock
 
@@ -17,12 +17,16 @@ __all__ = ["only_run"]
 
 
 @contextlib.contextmanager
-def only_run(workdir: pathlib.Path) -> Iterator[None]:
+def only_run(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
     """Keeps other runs out of the workdir, which is made if it is not there.
 
     The operating system holds the lock, and gives it up when the process ends, however
     it ends. It holds over all hosts if the file system passes locks on, as NFS and
     Lustre (mounted with ``flock``) do; where one has none, a file stands for it.
+
+    Yields:
+        A function that raises UserError if the workdir was moved or removed since, and
+        whatever is there now is not the one that is locked.
 
     Raises:
         UserError: If another run is using the workdir, or it cannot be written to.
@@ -32,6 +36,7 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        began = workdir.stat()
         since = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
         me = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
         replace_file(owner, json.dumps(me))
@@ -45,13 +50,28 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
             f"the workdir {workdir} cannot be written to ({cause(error)}): choose "
             "another with --workdir=..."
         ) from None
+
+    def check_here() -> None:
+        if not _is_there(workdir, began):
+            raise UserError(
+                f"the workdir {workdir} is no longer the one that this run began in: "
+                "put it back, and the same command goes on from the last checkpoint"
+            )
+
     try:
-        yield
+        yield check_here
     finally:
-        with contextlib.suppress(OSError):  # a workdir that is gone
-            owner.unlink()
+        if _is_there(workdir, began):
+            owner.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             lock.release()
+
+
+def _is_there(folder: pathlib.Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), status)
+    except OSError:
+        return False
 
 
 def _described(owner: pathlib.Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import socket
 import time
@@ -172,5 +173,5 @@ def _is_row(row: Any) -> bool:
     return (
         isinstance(row, dict)
         and type(row.get("step")) is int
-        and all(type(value) in (int, float) for value in row.values())
+        and all(type(x) in (int, float) and math.isfinite(x) for x in row.values())
     )

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import ml_collections
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import st3jax
@@ -133,7 +134,9 @@ def write_report(
             f"{report['skipped_images']:,} while training, "
             f"{report['skipped_test_images']:,} of the test images"
         )
-    console.print(f"report.json, course.png and layers.png are in {workdir}")
+    console.print(
+        f"report.json, course.png and layers.png are in {escape(str(workdir))}"
+    )
     return report
 
 
@@ -173,7 +176,10 @@ def _print_layers(console: Console, report: dict[str, Any]) -> None:
 
 def _plot_course(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Test accuracy and sparsity over steps, and where the mask is fixed."""
-    rows = [row for row in read_metrics(workdir) if "test_accuracy" in row]
+    needed = {"test_accuracy", "sparsity"}
+    rows = [row for row in read_metrics(workdir) if needed <= row.keys()]
+    if not rows:  # somebody has emptied the file
+        return
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     accuracy = [100 * row["test_accuracy"] for row in rows]

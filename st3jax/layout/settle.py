@@ -82,7 +82,7 @@ def settle(
     if is_placeholder(params):
         return dict.fromkeys(leaves, "")
     check_layout(layout)
-    _check_paths(as_mapping(layout) or {}, all_paths(params))
+    _check_paths(as_mapping(layout) or {}, all_paths(params), leaves)
     found, named = {}, named_readings(leaves, params)
     for path, leaf in leaves.items():
         letters = said_of(path, layout)
@@ -177,18 +177,31 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
-def _check_paths(said: Mapping[str, str], paths: list[str]) -> None:
+def _check_paths(
+    said: Mapping[str, str], paths: list[str], leaves: Iterable[str]
+) -> None:
+    """Raises at a path that matches nothing, as one that is misspelt."""
+
     def is_there(path: str, pattern: str) -> bool:
         within = pattern.startswith(f"{path}/")  # of a part that a wrapper has masked
         return within or _matches(path, pattern)
 
-    for pattern in said:  # a whole model's layouts may be given for a part of it
-        told = "*" not in pattern and len(said) > 1
+    # A whole model's layouts, which say something of every leaf, may be given for a
+    # part of it.
+    whole = len(said) > 1 and all(said_of(path, said) for path in leaves)
+    for pattern in said:
+        told = whole and "*" not in pattern
         if not told and not any(is_there(path, pattern) for path in paths):
             listed = ", ".join(repr(path) for path in paths[:3])
+            inner = pattern.removeprefix("params/")
+            hint = (
+                ": trace lambda params, x: model.apply({'params': params}, x)"
+                if inner != pattern and any(is_there(path, inner) for path in paths)
+                else ""
+            )
             raise ValueError(
                 f"the path {pattern!r} of layout matches no parameter: there are "
-                f"{listed} and others"
+                f"{listed} and others{hint}"
             )
 
 
