@@ -525,7 +525,7 @@ def test_a_workdir_that_is_removed_meanwhile_is_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(train.report, "write_report", removed)
-        with pytest.raises(UserError, match="failed .No such file or directory"):
+        with pytest.raises(UserError, match=r"failed \(No such file or directory"):
             train.train_and_evaluate(tiny(**overrides), tmp_path / "run")
 
 

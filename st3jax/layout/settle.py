@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -31,6 +32,9 @@ __all__ = [
     "settle",
 ]
 
+CLOSE = 0.8
+"""From how alike two paths are on, in [0, 1], one is the other misspelt."""
+HINT = ": trace lambda params, x: model.apply({'params': params}, x)"
 MEANING = {
     "s": "stacked kernels",
     "w": "the window of a convolution",
@@ -186,22 +190,21 @@ def _check_paths(
         within = pattern.startswith(f"{path}/")  # of a part that a wrapper has masked
         return within or _matches(path, pattern)
 
-    # A whole model's layouts, which say something of every leaf, may be given for a
-    # part of it.
-    whole = len(said) > 1 and all(said_of(path, said) for path in leaves)
+    def is_misspelt(pattern: str) -> bool:
+        inner = pattern.removeprefix("params/")
+        return inner in unsaid or bool(get_close_matches(pattern, unsaid, 1, CLOSE))
+
+    unsaid = [path for path in leaves if said_of(path, said) is None]
     for pattern in said:
-        told = whole and "*" not in pattern
-        if not told and not any(is_there(path, pattern) for path in paths):
+        if any(is_there(path, pattern) for path in paths):
+            continue
+        # Layouts of a whole model may be given for a part of it, or for another one.
+        if "*" in pattern or len(said) == 1 or is_misspelt(pattern):
             listed = ", ".join(repr(path) for path in paths[:3])
-            inner = pattern.removeprefix("params/")
-            hint = (
-                ": trace lambda params, x: model.apply({'params': params}, x)"
-                if inner != pattern and any(is_there(path, inner) for path in paths)
-                else ""
-            )
+            of_variables = pattern.removeprefix("params/") in paths
             raise ValueError(
                 f"the path {pattern!r} of layout matches no parameter: there are "
-                f"{listed} and others{hint}"
+                f"{listed} and others{HINT * of_variables}"
             )
 
 
