@@ -406,7 +406,7 @@ def default_workdir(config_file: str, overrides: dict[str, Any]) -> pathlib.Path
     ]
     name = "-".join([pathlib.Path(config_file).stem, *changes])
     plain = re.sub(r"[^\w.=+-]+", "_", name)
-    if len(plain) > LONGEST_NAME:  # of a file, on most disks
+    if plain != name or len(plain) > LONGEST_NAME:  # of a file, on most disks
         digest = hashlib.sha256(name.encode()).hexdigest()
         plain = f"{plain[:LONGEST_NAME]}-{digest[:8]}"
     return pathlib.Path("runs", plain)

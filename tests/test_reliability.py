@@ -772,3 +772,17 @@ def test_a_worker_that_is_stuck_keeps_no_run_that_is_stopped(tmp_path):
                     os.kill(int(child), signal.SIGKILL)
     assert run.returncode == 0
     assert b"asked to stop: saved after step" in output
+
+
+def test_default_workdirs_are_one_folder_each():
+    def named(**fields):
+        return train.default_workdir("experiments/digits_st3.py", fields)
+
+    assert named() == pathlib.Path("runs/digits_st3")
+    assert named(seed=3).name == "digits_st3-seed=3"
+    layers = [named(x=(("head/*", 0.5),)), named(x=(("head/**", 0.5),)), named(x="a/b")]
+    assert len({*layers}) == 3
+    for path in (*layers, named(x="y" * 999)):
+        assert path.parent == pathlib.Path("runs")
+        assert len(path.name) < 200
+        assert not set(path.name) & set("*/'\" ()")
