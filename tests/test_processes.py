@@ -20,6 +20,7 @@ from workdirs import few_files
 import digits_st3
 from data import sources
 from workdir import checkpoints
+from workdir.lock import only_run
 
 PROGRAMS = pathlib.Path(two_processes.__file__).parent
 EXPERIMENTS = pathlib.Path(digits_st3.__file__).parent
@@ -212,3 +213,12 @@ def test_two_processes_with_other_images_are_told(tmp_path, data_dir):
     for status, _, error in ends:
         assert status == 1
         assert re.search(r"the images of process \d are not those of process \d", error)
+
+
+def test_what_one_process_finds_wrong_is_told_by_both(tmp_path, data_dir):
+    with only_run(tmp_path / "run"):
+        ends = train_in_two(["end", "end"], tmp_path / "run", data_dir)
+    for status, _, error in ends:
+        assert status == 1
+        assert "error: another run (on " in error
+        assert "Fatal Python error" not in error

@@ -135,7 +135,8 @@ def write_report(
             f"{report['skipped_test_images']:,} of the test images"
         )
     console.print(
-        f"report.json, course.png and layers.png are in {escape(str(workdir))}"
+        f"report.json, course.png and layers.png are in {escape(str(workdir))}",
+        soft_wrap=True,  # so that it can be copied
     )
     return report
 
