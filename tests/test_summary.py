@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -116,3 +117,40 @@ def test_with_a_state_raw_weights_are_counted_as_the_model_sees_them():
     assert list(found.layers) == ["blocks/kernel"]
     assert found.layers["blocks/kernel"].each.tolist() == [6, 6]
     assert int(st3jax.summary(st3jax.finalize(params, opt_state)).zeros) == 12
+
+
+def nnx_pair():
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    tx = st3jax.st3(optax.sgd(0.1), sparsity=0.5)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("name", ["sparsify", "finalize", "summary"])
+def test_functions_for_nnx_name_what_else_they_got(name):
+    fn, (model, optimizer) = getattr(st3jax.nnx, name), nnx_pair()
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    for wrong, told in (
+        ((model, optimizer.opt_state), "got Linear and ThresholdState"),
+        ((optimizer, model), "got ModelAndOptimizer|got Optimizer and Linear"),
+        ((params, optimizer), "and Optimizer: parameters and an optimizer state go to"),
+        ((nnx.Linear, optimizer), "got the class Linear and Optimizer"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            fn(*wrong)
+    with pytest.raises(TypeError, match="model is a module of Flax NNX, got the class"):
+        st3jax.nnx.layouts(nnx.Linear)
+
+
+def test_the_summary_of_an_nnx_model_is_that_of_its_finalized_weights():
+    model, optimizer = nnx_pair()
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    found = st3jax.nnx.summary(model, optimizer)
+    assert int(found.zeros) == 8
+    assert list(found.layers) == ["kernel"]
+    shipped = nnx.as_pure(nnx.state(st3jax.nnx.finalize(model, optimizer), nnx.Param))
+    assert int(st3jax.summary(shipped).zeros) == 8
+    model.kernel[...] = 2 * model.kernel[...] + 1
+    with pytest.raises(ValueError, match="last seen"):
+        st3jax.nnx.summary(model, optimizer)
+    dense = st3jax.nnx.summary(*nnx_pair(), prunable=lambda path, leaf: leaf.ndim == 2)
+    assert dense.weights == 16
