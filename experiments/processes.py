@@ -172,8 +172,8 @@ def asked_to_stop() -> Iterator[Request]:
     """Whether the run was asked to stop after a step: with SIGTERM, SIGHUP or Ctrl-C.
 
     Of many processes, one that gets SIGTERM stops all, after the same step. A second
-    signal to a single process does what it does otherwise. A signal that is ignored at
-    the start, as SIGHUP under ``nohup``, is ignored.
+    signal to a single process does what it does otherwise. SIGHUP is ignored where it
+    was so at the start, as under ``nohup``.
 
     Yields:
         A function of the step, to be called after each one.
@@ -193,7 +193,7 @@ def asked_to_stop() -> Iterator[Request]:
         request.note()
 
     for number in STOPS:
-        if before[number] != signal.SIG_IGN:
+        if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
             signal.signal(number, note)
     signal.signal(signal.SIGALRM, lambda number, frame: request.interrupt())
     try:

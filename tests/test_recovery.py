@@ -303,7 +303,7 @@ def test_logs_on_a_full_disk_end_in_one_sentence(tmp_path):
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_ends(number):
     def ends(*_):
         raise InterruptedError

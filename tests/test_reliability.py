@@ -292,11 +292,11 @@ def test_causes_are_told_in_the_words_of_the_operating_system():
 # Signals while a run waits.
 
 
-def signalled(number=signal.SIGTERM):
+def signalled():
     """A batch that never comes, and a signal meanwhile."""
 
     def wait(batch):
-        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(SECONDS)
         return batch
 
@@ -308,7 +308,7 @@ def test_a_run_that_waits_for_an_image_can_be_stopped(
 ):
     monkeypatch.setattr(train.processes, "WAIT_SECONDS", 0.3)
     with monkeypatch.context() as patch:
-        at_step(patch, 15, signalled(signal.SIGHUP))
+        at_step(patch, 15, signalled())
         with pytest.raises(Stopped, match=f"saved after step 14 of {STEPS}"):
             train.train_and_evaluate(tiny(**overrides), tmp_path)
     assert names(tmp_path) == {"11", "14"}
@@ -717,6 +717,7 @@ def test_a_command_that_cannot_begin_ends_in_one_line(
 SLOW = """
 import signal, sys, time
 import beginning
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
 beginning.tell()
 print("here", flush=True)
 time.sleep(600)

@@ -81,7 +81,7 @@ def full_disks(expected: Any, rng: np.random.Generator) -> Iterator[str]:
     disk = FOLDER / "disk"
     disk.mkdir()
     for number in range(DISKS.value):
-        files, size = int(rng.integers(8, 80)), int(rng.integers(40, 540))
+        files, size = int(rng.integers(8, 80)), int(rng.integers(40, 900))
         limit = f"size=64m,nr_inodes={files}" if number % 2 else f"size={size}k"
         mount(disk, limit)
         try:
