@@ -147,7 +147,8 @@ class Request:
             yield
         finally:
             self._waits = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._asked:  # or the timer is somebody else's
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def interrupt(self) -> None:
         """The few seconds have passed."""

@@ -439,7 +439,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --config.x=y")
         if not pathlib.Path(config_file).is_file():
             raise UserError(f"there is no configuration file {config_file}")
-        workdir = _usable_name(workdir)
+        _check_name(workdir)
         many = PROCESSES.value is not None or PROCESS.value is not None
         if many and not COORDINATOR.value:
             raise UserError("--processes and --process need --coordinator=host:port")
@@ -461,14 +461,14 @@ def main(argv: list[str]) -> None:
         terminal.end(1, f"error: {_told(error, workdir)}")
 
 
-def _usable_name(workdir: pathlib.Path) -> pathlib.Path:
+def _check_name(workdir: pathlib.Path) -> None:
+    """Orbax knows names in UTF-8 alone."""
     try:
         str(workdir).encode()
     except UnicodeEncodeError:
         raise UserError(
             f"--workdir is a name in UTF-8, got {str(workdir)!r}: choose another"
         ) from None
-    return workdir
 
 
 def _check_devices() -> None:

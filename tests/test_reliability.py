@@ -348,6 +348,16 @@ def test_a_hangup_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_waiting_leaves_the_timer_of_others_alone():
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    try:
+        with train.processes.asked_to_stop() as asked_to_stop, asked_to_stop.waiting():
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 # What others leave in the workdir.
 
 

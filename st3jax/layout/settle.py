@@ -74,8 +74,9 @@ def settle(
 
     Raises:
         ValueError: If letters do not fit a leaf, if a path matches no parameter (of
-            several full paths, as a whole model's layouts have, some may be missing),
-            or if nothing settles what a result depends on.
+            several full paths, as a whole model's layouts have, some may be missing,
+            but for one that is almost that of a leaf of which nothing is said), or if
+            nothing settles what a result depends on.
         TypeError: If ``layout`` is not a mapping to texts.
 
     Example:
