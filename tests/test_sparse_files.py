@@ -99,7 +99,8 @@ def test_only_what_has_no_bit_set_is_a_zero(path, dtype):
     inf = int(np.array(np.inf, dtype).view(uint))
     bits = [sign, 1, sign | 1, inf, inf | 1, sign | inf | 3, inf | inf >> 1, one]
     x = np.array(bits + 1000 * [0], uint).view(dtype)
-    assert np.isnan(x).sum() == 3
+    with np.errstate(invalid="ignore"):  # some of them signal
+        assert np.isnan(x).sum() == 3
     st3jax.save_sparse(path, {"x": x})
     assert st3jax.load_sparse(path)["x"].tobytes() == x.tobytes()
     assert st3jax.read_header(path)["leaves"][0]["kept"] == 8
