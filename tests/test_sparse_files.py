@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import random
+import re
 import stat
 import struct
 import subprocess
@@ -24,9 +26,8 @@ from hypothesis import strategies as st
 from jax.experimental import sparse
 
 import st3jax
-from st3jax.stored.header import DTYPES
+from st3jax.stored.header import DTYPES, MAGIC, MOST_HEADER
 
-MAGIC = b"\x89ST3\r\n\x1a\n"
 NAMES = st.text("ab/\0é_\ud800", max_size=3) | st.just("__class__")
 
 
@@ -755,3 +756,38 @@ def test_ten_thousand_mutated_files_give_a_tree_or_a_reason(folder, whole):
             reasons.add(found[:20])
     assert trees > 100  # some are forged well
     assert len(reasons) > 20
+
+
+# The page about the layout.
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "files.md").read_text()
+READER = next(
+    snippet
+    for snippet in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    if "def read(path)" in snippet
+)
+
+
+@pytest.fixture(scope="module")
+def read():
+    names = {}
+    exec(compile(READER, "reader", "exec"), names)
+    return names["read"]
+
+
+def test_the_reader_of_the_page_is_short():
+    assert len([line for line in READER.splitlines() if line]) <= 30
+
+
+@given(tree=TREES)
+@settings(deadline=None, max_examples=100)
+def test_the_reader_of_the_page_reads_any_tree(folder, read, tree):
+    st3jax.save_sparse(folder / "page.st3", tree)
+    assert same(read(folder / "page.st3"), tree)
+
+
+def test_the_page_has_what_the_header_says():
+    for what in (*("int8", "int64", "uint8", "uint64"), *DTYPES[-4:], "bool"):
+        assert f"`{what}`" in PAGE
+    assert f"at most {MOST_HEADER:,}" in PAGE
+    assert " ".join(f"{byte:02X}" for byte in MAGIC) in PAGE
