@@ -196,7 +196,7 @@ def test_its_numbers_are_those_of_the_report(run):
     assert "of 160 images; their number alone makes it uncertain by 3.09 points" in text
     assert "After step 50: 50.00 %, and 43.75 % with the raw, dense weights" in text
     assert "After step 59, the last before the mask is fixed" in text
-    assert "69.44 % zero, threshold 1 " in text
+    assert "69.44 % zero, t = 1 " in text
     assert "sparsity.method st3" in text
     assert "Python 3.13.0" in text
     assert "sparsity.criterion" not in text  # of no use
@@ -322,6 +322,11 @@ def test_a_report_of_another_version_is_told(tmp_path, name):
     report = {key: value for key, value in REPORT.items() if key != name}
     sentence = told(page_of, fill(tmp_path / "run", report))
     assert f"of another version of this project (KeyError: '{name}'" in sentence
+
+
+def test_a_ramp_that_is_none_is_told(tmp_path):
+    run = fill(tmp_path / "run", changed(config__sparsity__end_epoch=1))
+    assert "(FloatingPointError: divide by zero" in told(page_of, run)
 
 
 def leaves(tree, path=()):

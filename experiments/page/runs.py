@@ -77,8 +77,8 @@ def remedy(name: str) -> str:
 
 
 def _sizes(workdir: pathlib.Path) -> dict[str, int]:
-    """The network's own files, and all that was exported."""
-    found = [*sorted(workdir.glob("model.*")), *sorted(workdir.glob("export/**/*"))]
+    """The files of the network, and all that was exported."""
+    found = [*sorted(workdir.glob("model*.*")), *sorted(workdir.glob("export/**/*"))]
     return {
         path.relative_to(workdir).as_posix(): path.stat().st_size
         for path in found
