@@ -2,6 +2,7 @@
 
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,14 @@ ARRAYS = {
 SEARCHES = {
     "bits, as for a CPU": functools.partial(bit_search.neighbours, platform="cpu"),
     "bits, as for a TPU": functools.partial(bit_search.neighbours, platform="tpu"),
-    "bits, as for a GPU": functools.partial(bit_search.neighbours, platform="gpu"),
+    "bits, as for a GPU": functools.partial(bit_search.neighbours, platform="cuda"),
     "bits, as for one GPU": functools.partial(
-        bit_search.neighbours, platform="gpu", whole=True
+        bit_search.neighbours, platform="cuda", whole=True
     ),
-    "digits": lambda leaves, rank, needed, tally, near=-1.0: digit_search.neighbours(
-        leaves, rank, jnp.float32(near), needed, tally, margin=MARGIN
+    "bits, as for one with ROCm": functools.partial(
+        bit_search.neighbours, platform="rocm", whole=True
     ),
+    "digits": functools.partial(digit_search.neighbours, margin=MARGIN),
 }
 NEEDED = np.True_
 COSTS = {  # of the four leaves
@@ -73,12 +75,21 @@ def in_leaves(x):
     ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_are_many():
+    """So that a GPU's branches are there for arrays that are quickly searched."""
+    with mock.patch.object(bit_search, "MANY", 1000):
+        yield
+
+
 def search(name, costs=None):
     @jax.jit
-    def found(leaves, rank, *near):
+    def found(leaves, rank, near=-1.0, needed=NEEDED):
         tally = Tally(costs or (1,) * len(leaves), ((),) * len(leaves))
+        near = jnp.float32(near)
         with jax.enable_x64(True):
-            return SEARCHES[name](leaves, rank.astype(jnp.int64), NEEDED, tally, *near)
+            rank = rank.astype(jnp.int64)
+            return SEARCHES[name](leaves, rank, near, needed, tally)
 
     return found
 
@@ -129,15 +140,18 @@ def test_a_search_finds_what_sorting_finds_with_every_key_as_often_as_it_costs(
             assert tuple(map(int, pair)) == (keys[low], keys[high]), (label, share)
 
 
-def test_a_hint_changes_nothing_but_the_time():
-    found = search("digits")
-    for x in ARRAYS.values():
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_hint_changes_nothing_but_the_time(name):
+    found = search(name)
+    for label, whole in ARRAYS.items():
+        x = given_to(name, whole)
         keys = sorted_keys(x)
         for rank in ranks(x):
             right = float(from_key(jnp.asarray(keys[rank])))
             for near in (right, right * 1.003, right * 0.5, 1e-30, 3e38, np.nan, -1.0):
                 low, high = found(in_leaves(x), np.int32(rank), np.float32(near))
-                assert (low, high) == (keys[rank], keys[min(rank + 1, N - 1)])
+                expected = keys[rank], keys[min(rank + 1, x.size - 1)]
+                assert (low, high) == expected, (label, rank, near)
 
 
 found_by_digits = search("digits")
@@ -184,16 +198,55 @@ def test_digits_take_a_byte_or_two_an_element(count, most):
 
 @pytest.mark.parametrize("name", ["digits", "bits, as for a CPU", "bits, as for a TPU"])
 def test_a_search_that_is_not_needed_takes_no_turns(name):
-    @jax.jit
-    def found(leaves, needed):
-        tally = Tally((1,) * len(leaves), ((),) * len(leaves))
-        with jax.enable_x64(True):
-            return SEARCHES[name](leaves, jnp.int64(N // 2), needed, tally)
+    x = given_to(name, normal)
+    found, leaves, rank = search(name), in_leaves(x), np.int32(x.size // 2)
+    right = sorted_keys(x)[x.size // 2]
+    assert found(leaves, rank)[0] == right
+    assert found(leaves, rank, needed=np.False_)[0] != right
 
-    leaves = in_leaves(normal)
-    low, _ = found(leaves, np.True_)
-    assert low == sorted_keys(normal)[N // 2]
-    assert found(leaves, np.False_)[0] in (-1, 0)  # where it begins
+
+@pytest.mark.parametrize(
+    ("platform", "whole", "hint", "missed", "none"),
+    [
+        ("cpu", False, 18, 32, 31),
+        ("tpu", False, 6, 12, 11),
+        ("cuda", True, 6, 12, 12),
+        ("cuda", False, 11, 11, 11),
+        ("rocm", True, 11, 11, 11),
+    ],
+)
+def test_a_hint_saves_reads(platform, whole, hint, missed, none):
+    x = [jnp.asarray(normal[:2000])]
+    right = np.sort(np.abs(normal[:2000]))[1800]
+    reads = mock.patch.object(bit_search, "_keys", wraps=bit_search._keys)
+    for near, expected in ((1.005 * right, hint), (2 * right, missed), (-1.0, none)):
+        with reads as counted, jax.disable_jit(), jax.enable_x64(True):
+            low, _ = bit_search.neighbours(
+                x,
+                jnp.int64(1800),
+                jnp.float32(near),
+                NEEDED,
+                Tally((1,), ((),)),
+                platform=platform,
+                whole=whole,
+            )
+        assert from_key(low) == right
+        assert counted.call_count == expected, near
+
+
+def test_on_one_gpu_nothing_waits_for_the_host():
+    """As it would for a loop of unknown length, or a branch with any loop in it."""
+    found = search("bits, as for one GPU")
+    text = found.lower([jnp.asarray(normal)], np.int32(1), np.float32(1)).as_text()
+    assert "stablehlo.while" not in text
+    before, rest = text.split('"stablehlo.case"')
+    branch, after = rest.split("\n    }) :")
+    read = rf"stablehlo\.reduce.*tensor<{N}xi32>"
+    assert [len(re.findall(read, part)) for part in (before, branch, after)] == [
+        5,
+        6,
+        1,
+    ]
 
 
 def test_a_float64_array_is_searched_in_float64():

@@ -12,6 +12,7 @@ of them; elsewhere :mod:`st3jax.selection.bit_search` finds some bits with each 
 and nothing but counts crosses devices.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -162,26 +163,20 @@ def _neighbours(
         leaves, tally = _joined(leaves, tally)
 
     def by_bits(platform: str) -> Callable[..., Any]:
-        def found(leaves: Any, rank: jax.Array, near: Any, needed: jax.Array) -> Any:
-            return bit_search.neighbours(
-                leaves, rank, needed, tally, platform=platform, whole=whole
-            )
+        return functools.partial(
+            bit_search.neighbours, tally=tally, platform=platform, whole=whole
+        )
 
-        return found
-
-    def by_digits(leaves: Any, rank: jax.Array, near: Any, needed: jax.Array) -> Any:
-        return digit_search.neighbours(leaves, rank, near, needed, tally, margin=MARGIN)
-
+    by_digits = functools.partial(digit_search.neighbours, tally=tally, margin=MARGIN)
     digits_fit = whole and not few and near.dtype == jnp.float32
-    on_gpu = by_bits("gpu")
     return lax.platform_dependent(
         leaves,
         rank,
         near,
         needed,
         cpu=by_digits if digits_fit else by_bits("cpu"),
-        cuda=on_gpu,
-        rocm=on_gpu,
+        cuda=by_bits("cuda"),
+        rocm=by_bits("rocm"),
         default=by_bits("tpu"),
     )
 
