@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from st3jax.selection.bit_search import JOINED
 from st3jax.selection.keys import to_key
-from st3jax.selection.tally import AxisName, sharded_over
+from st3jax.selection.tally import AxisName, are_whole, sharded_over
 from st3jax.trees import check_same_structure, named_leaves
 
 __all__ = ["check_seen", "fingerprint", "first_fingerprint"]
@@ -44,34 +45,64 @@ def fingerprint(
     Returns:
         int32 [].
     """
-    leaves, sums = named_leaves(params), []
-    for path, value in named_leaves(state.per_leaf).items():
-        w = leaves[path]
-        apart = 0 < jnp.ndim(value) < jnp.ndim(w)
-        own = _of_leaf(w, frozen, dict(state.layouts.value)[path] if apart else "")
-        axes = sharded_over(w, axis_name)
-        sums.append(lax.psum(own, axes) if axes else own)
-    return _times_odd(jnp.stack(sums))
+    every, values = named_leaves(params), named_leaves(state.per_leaf)
+    leaves = [jnp.asarray(every[path]) for path in values]
+    axes = [sharded_over(w, axis_name) for w in leaves]
+    apart = [0 < jnp.ndim(t) < jnp.ndim(every[path]) for path, t in values.items()]
+    known = dict(state.layouts.value) if any(apart) else {}
+    layouts = [known[path] if a else "" for path, a in zip(values, apart, strict=True)]
+
+    def of_each(leaves: list[jax.Array], frozen: jax.Array) -> jax.Array:
+        sums = []
+        for w, own, layout in zip(leaves, axes, layouts, strict=True):
+            one = _of_leaf(w, frozen, layout)
+            sums.append(lax.psum(one, own) if own else one)
+        return _times_odd(jnp.stack(sums))
+
+    if any(axes) or any(layouts) or not are_whole():
+        return of_each(leaves, frozen)
+    return lax.platform_dependent(
+        leaves, frozen, cuda=_of_joined, rocm=_of_joined, default=of_each
+    )
+
+
+def _of_joined(leaves: list[jax.Array], frozen: jax.Array) -> jax.Array:
+    """The same in few sums, each of which costs a GPU two kernels."""
+    factors = _odd(len(leaves))
+    named = [_named(w, frozen) * n for w, n in zip(leaves, factors, strict=True)]
+    parts = [named[i : i + JOINED] for i in range(0, len(named), JOINED)]
+    joined = [jnp.concatenate([x.ravel() for x in part]) for part in parts]
+    # Read as another dtype, or the compiler would sum the leaves by themselves.
+    sums = [jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in joined]
+    return jnp.sum(jnp.stack(sums), dtype=jnp.uint32).astype(jnp.int32)
 
 
 def _times_odd(sums: jax.Array) -> jax.Array:
     """Their sum, each times a number that no exchange leaves the same."""
-    factors = 2 * np.arange(sums.size, dtype=np.int32) + 1
-    return jnp.sum(sums.reshape(-1) * factors, dtype=jnp.int32)
+    return jnp.sum(sums.reshape(-1) * _odd(sums.size), dtype=jnp.int32)
+
+
+def _odd(count: int) -> np.ndarray:
+    return 2 * np.arange(count, dtype=np.int32) + 1
 
 
 @functools.partial(jax.jit, static_argnums=2)  # of leaves of one shape, traced once
 def _of_leaf(w: jax.Array, frozen: jax.Array, layout: str) -> jax.Array:
     """Of the kernels that a layout tells apart, each times an odd factor."""
+    within = tuple(axis for axis in range(w.ndim) if layout[axis : axis + 1] != "s")
+    each = jnp.sum(_named(w, frozen), within, dtype=jnp.int32)
+    return _times_odd(each) if layout else each
+
+
+def _named(w: jax.Array, frozen: jax.Array) -> jax.Array:
+    """What each weight adds: int32, of its bit pattern."""
     bits = lax.bitcast_convert_type(w, jnp.dtype(f"int{8 * w.dtype.itemsize}"))
     # Exponents once more: those of 512 weights times two would wrap to the same.
     number = bits + (bits >> jnp.finfo(w.dtype).nmant)
     if bits.dtype == jnp.int64:
         number += bits >> 32
     named = jnp.where(bits + bits == 0, 0, jnp.where(frozen, 1, number))  # no sign of 0
-    within = tuple(axis for axis in range(w.ndim) if layout[axis : axis + 1] != "s")
-    each = jnp.sum(named.astype(jnp.int32), within, dtype=jnp.int32)
-    return _times_odd(each) if layout else each
+    return named.astype(jnp.int32)
 
 
 def check_seen(state: Any, params: Any, weights: Any) -> None:

@@ -156,7 +156,7 @@ def report(devices: Any) -> str:
     """A row of the table, for the weights spread over these devices."""
     leaves = kernels(devices)
     # This process has other devices than those it compiles for.
-    quantile._are_whole = lambda: len(devices) == 1
+    quantile.are_whole = lambda: len(devices) == 1
     replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
     near = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     select = jax.jit(lambda w, near: quantile.threshold(w, np.float32(0.9), near=near))

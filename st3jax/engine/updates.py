@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from st3jax.ops import smallest_kept
 from st3jax.selection.keys import to_key
+from st3jax.selection.tally import are_whole
 
 __all__ = ["clear_state", "hold_mask", "pin", "step_onto"]
 
@@ -72,7 +74,25 @@ def pin(update: jax.Array, count: jax.Array) -> jax.Array:
     integer = jnp.dtype(f"int{8 * update.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(update, integer)
     bits ^= (count >> 31).astype(integer)
-    return jax.lax.bitcast_convert_type(bits, update.dtype)
+    return _in_order(jax.lax.bitcast_convert_type(bits, update.dtype))
+
+
+def _in_order(update: jax.Array) -> jax.Array:
+    """The update as its weights are stored, where it would be in another order.
+
+    A GPU's convolutions leave gradients in an order that they like. Without a word all
+    that is made of them and of the weights is computed in that order, between copies
+    from one to the other: several of each weight, in a step.
+    """
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    if not are_whole():  # some partitioners would gather it first
+        return update
+    return jax.lax.platform_dependent(
+        update, cuda=ordered, rocm=ordered, default=lambda x: x
+    )
 
 
 def _land(w: jax.Array, update: jax.Array) -> jax.Array:

@@ -114,6 +114,10 @@ def neighbours(
         Two scalar keys; at the last rank, the second is the first again.
     """
     on_gpu = platform in GPUS
+    if on_gpu and whole:
+        # In one order here, or every read would put them in it, where they are stored
+        # in another, as convolutions like it.
+        leaves = [leaf.ravel() for leaf in leaves]
     parts = _parts(tally, joined=on_gpu and whole)
     first = [part[0] for part in parts]
     alike = Tally(
@@ -242,7 +246,7 @@ def _parts(tally: Tally, *, joined: bool) -> list[list[int]]:
 
 def _join(keys: list[jax.Array]) -> jax.Array:
     """Many arrays as one, which a GPU's compiler reads where they are."""
-    return keys[0] if len(keys) == 1 else jnp.concatenate([key.ravel() for key in keys])
+    return keys[0] if len(keys) == 1 else jnp.concatenate(keys)
 
 
 def _count(

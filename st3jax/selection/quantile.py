@@ -24,7 +24,7 @@ from jax import lax
 from st3jax.checks import check_cost, check_fraction
 from st3jax.selection import bit_search, digit_search
 from st3jax.selection.keys import from_key, joined_keys, score_dtype, to_key, widened
-from st3jax.selection.tally import AxisName, Tally, sharded_over
+from st3jax.selection.tally import AxisName, Tally, are_whole, sharded_over
 from st3jax.selection.wide import wide
 
 __all__ = ["threshold"]
@@ -157,7 +157,7 @@ def _neighbours(
     tally: Tally,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys of ranks ``rank`` and ``rank + 1``, by the search for the place."""
-    whole = _are_whole()
+    whole = are_whole()
     few = sum(leaf.size for leaf in leaves) <= FEW
     if whole:
         leaves, tally = _joined(leaves, tally)
@@ -198,17 +198,6 @@ def _joined(leaves: list[jax.Array], tally: Tally) -> tuple[list[jax.Array], Tal
         arrays += own
         kinds += [kind] * len(own)
     return arrays, Tally(*(tuple(part) for part in zip(*kinds, strict=True)))
-
-
-def _are_whole() -> bool:
-    """Whether a traced array is one piece of memory on the device that computes.
-
-    With several devices, ``jit`` may have sharded it, unless all axes of the mesh are
-    the caller's own, as under ``shard_map`` and ``pmap``.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return jax.device_count() == 1 or by_hand
 
 
 def _interpolate(low: jax.Array, high: jax.Array, gap: jax.Array) -> jax.Array:

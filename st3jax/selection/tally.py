@@ -10,7 +10,7 @@ from jax import lax
 
 from st3jax.selection.wide import wide
 
-__all__ = ["AxisName", "Tally", "sharded_over", "tied_to", "varies"]
+__all__ = ["AxisName", "Tally", "are_whole", "sharded_over", "tied_to", "varies"]
 
 AxisName = str | tuple[str, ...] | None
 
@@ -82,6 +82,17 @@ def sharded_over(leaf: jax.Array, axis_name: AxisName) -> tuple[str, ...]:
 def varies(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which a value may differ, as far as they are tracked."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def are_whole() -> bool:
+    """Whether a traced array is one piece of memory on the device that computes.
+
+    With several devices, ``jit`` may have sharded it, unless all axes of the mesh are
+    the caller's own, as under ``shard_map`` and ``pmap``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() == 1 or by_hand
 
 
 def tied_to(turn: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
