@@ -7,9 +7,10 @@ The first needs ``pip install 'jax[tpu]'``, the second ``pip install 'jax[cuda12
 
 Compiles the selection over ResNet-50's kernels ahead of time, for one described device
 and for four that share the kernels, and reads the compiled HLO. Prints how many kernels
-and how many reads of the weights a selection takes, the memory, what crosses devices,
-and the time that follows from the device's bandwidth and a launch of 4 microseconds a
-kernel on a GPU. Nothing is run: all numbers are computed.
+and how many reads of the weights a selection takes, near the threshold before (warm)
+and far from it (cold), the memory, what crosses devices, and the time that follows from
+the device's bandwidth and a launch of 4 microseconds a kernel on a GPU. Nothing is run:
+all numbers are computed.
 """
 
 import collections
@@ -34,7 +35,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.resnet import imagenet_resnet
-from st3jax.selection import bit_search, quantile
+from st3jax.selection import quantile
 
 PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "To compile for.")
 DTYPE = flags.DEFINE_enum(
@@ -59,8 +60,15 @@ BANDWIDTH = {"tpu": 0.82e12, "cuda": 3.35e12}  # of a v5e and of an H100, bytes 
 LAUNCH = {"tpu": 0.0, "cuda": 4e-6}  # seconds a kernel; a TPU's program launches once
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+TURNS = {  # of the loop and the branch, warm and cold; on one device or several
+    ("tpu", True): ((4, 0), (9, 0)),
+    ("tpu", False): ((4, 0), (9, 0)),
+    ("cuda", True): ((0, 0), (0, 1)),
+    ("cuda", False): ((9, 0), (9, 0)),
+}
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
 NO_KERNEL |= {"partition-id", "opt-barrier", "after-all", "call", "conditional"}
+ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}")  # what a TPU reads in no time
 COLLECTIVE = re.compile("all-|reduce-scatter|collective|send|recv")
 
 
@@ -135,21 +143,35 @@ def size(shape: str) -> int:
 def work(program: Program, name: str, least: int) -> tuple[int, int]:
     """Kernels of a computation, and bytes of weights that they read."""
     count = read = 0
-    here = program[name]
+    here = program.get(name, {})
     for instruction in here.values():
         called = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", instruction.rest)
         if instruction.opcode == "call" and called:
             inner = work(program, called[1], least)
             count, read = count + inner[0], read + inner[1]
+        start, done = map(instruction.opcode.endswith, ("-start", "-done"))
         scalar = instruction.opcode != "fusion" and "[]" in instruction.shape
-        done = instruction.opcode.endswith("-done")
-        if instruction.opcode in NO_KERNEL or done or scalar:
+        if instruction.opcode in NO_KERNEL or done or (scalar and not start):
             continue
         count += 1
-        if not instruction.opcode.endswith("-start"):
-            sizes = [size(here[o].shape) for o in set(instruction.operands) & set(here)]
-            read += sum(n for n in sizes if n >= least)
+        if start:  # into memory on the chip, or a message
+            read += sum(map(size, ON_CHIP.findall(instruction.shape)))
+            continue
+        sizes = [
+            size(here[operand].shape)
+            for operand in set(instruction.operands) & set(here)
+            if not ON_CHIP.search(here[operand].shape)
+        ]
+        read += sum(n for n in sizes if n >= least)
     return count, read
+
+
+def largest(program: Program, called: str) -> str:
+    """The longest computation that is called in this way, or nothing."""
+    lines = [i for computation in program.values() for i in computation.values()]
+    found = [re.search(rf"{called}=%?([\w.\-]+)", i.rest) for i in lines]
+    names = [match[1] for match in found if match]
+    return max(names, key=lambda name: len(program[name]), default="")
 
 
 def report(devices: Any) -> str:
@@ -166,28 +188,35 @@ def report(devices: Any) -> str:
     shards = [math.prod(w.sharding.shard_shape(w.shape)) for w in leaves]
     shards = [n * leaves[0].dtype.itemsize for n in shards]
     lines = [i for computation in program.values() for i in computation.values()]
-    loops = [re.search(r"body=%?([\w.\-]+)", i.rest) for i in lines]
-    loop = max((x[1] for x in loops if x), key=lambda name: len(program[name]))
-    bits = bit_search.BITS_PER_READ["gpu" if PLATFORM.value == "cuda" else "tpu"]
-    turns = math.ceil(31 / bits) - 1
-    turn, rest = work(program, loop, min(shards)), work(program, entry, min(shards))
-    total = [turns * a + b for a, b in zip(turn, rest, strict=True)]
+    parts = [
+        entry,
+        *(largest(program, called) for called in ("body", "true_computation")),
+    ]
+    each = [work(program, part, min(shards)) for part in parts]
     moved = collections.Counter(
         size(i.shape)
         for i in lines
         if COLLECTIVE.match(i.opcode) and not i.opcode.endswith("-done")
     )
-    seconds = total[1] / BANDWIDTH[PLATFORM.value] + LAUNCH[PLATFORM.value] * total[0]
     memory = compiled.memory_analysis().temp_size_in_bytes / sum(shards)
+    found = []
+    for turns in TURNS[PLATFORM.value, len(devices) == 1]:
+        times = list(zip((1, *turns), each, strict=True))
+        count, read = (sum(n * one[i] for n, one in times) for i in (0, 1))
+        launched, moving = (
+            count * LAUNCH[PLATFORM.value],
+            read / BANDWIDTH[PLATFORM.value],
+        )
+        found += [
+            f"{count}",
+            f"{read / sum(shards):.1f}",
+            f"{1e3 * (launched + moving):.2f}",
+        ]
     cells = [
         f"{len(devices)}",
-        f"{turn[0]}",
-        f"{turn[1] / sum(shards):.1f}",
-        f"{total[0]}",
-        f"{total[1] / sum(shards):.1f}",
+        *found,
         f"{memory * leaves[0].dtype.itemsize:.2f}",
         f"{max(moved, default=0):,}",
-        f"{1e3 * seconds:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -198,10 +227,10 @@ def main(argv: list[str]) -> None:
     devices = described_devices()
     print(f"compiled for {devices[0].device_kind}, {DTYPE.value}; nothing was run\n")
     print(
-        "| devices | kernels a turn | reads a turn | kernels in all | reads in all "
-        "| extra bytes a weight | largest message, bytes | ms, computed |"
+        "| devices | kernels, warm | reads | ms, computed | kernels, cold | reads "
+        "| ms, computed | extra bytes a weight | largest message, bytes |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for count in (1, 4):
         print(report(devices[:count]), flush=True)
 

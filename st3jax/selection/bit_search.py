@@ -266,7 +266,10 @@ def _count(
     # In one reduction: a GPU ends each reduction with a kernel of its own.
     zero, highest = jnp.zeros([], wide), jnp.array(top, key.dtype)
     each = [below.astype(wide) for below in some]
-    others = [jnp.where(some[-1], highest, key)] if least else []
+    above = jnp.where(some[-1], highest, key)
+    if key.ndim != 1 and least:  # keys of more axes would be written to memory for it
+        return _count(search, key, edges)[0], jnp.min(above, initial=top)
+    others = [above] if least else []
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
         sums = [x + y for x, y in zip(a[: len(each)], b[: len(each)], strict=True)]
