@@ -68,7 +68,6 @@ TURNS = {  # of the loop and the branch, warm and cold; on one device or several
 }
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
 NO_KERNEL |= {"partition-id", "opt-barrier", "after-all", "call", "conditional"}
-ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}")  # what a TPU reads in no time
 COLLECTIVE = re.compile("all-|reduce-scatter|collective|send|recv")
 
 
@@ -149,20 +148,14 @@ def work(program: Program, name: str, least: int) -> tuple[int, int]:
         if instruction.opcode == "call" and called:
             inner = work(program, called[1], least)
             count, read = count + inner[0], read + inner[1]
-        start, done = map(instruction.opcode.endswith, ("-start", "-done"))
         scalar = instruction.opcode != "fusion" and "[]" in instruction.shape
-        if instruction.opcode in NO_KERNEL or done or (scalar and not start):
+        done = instruction.opcode.endswith("-done")
+        if instruction.opcode in NO_KERNEL or done or scalar:
             continue
         count += 1
-        if start:  # into memory on the chip, or a message
-            read += sum(map(size, ON_CHIP.findall(instruction.shape)))
-            continue
-        sizes = [
-            size(here[operand].shape)
-            for operand in set(instruction.operands) & set(here)
-            if not ON_CHIP.search(here[operand].shape)
-        ]
-        read += sum(n for n in sizes if n >= least)
+        if not instruction.opcode.endswith("-start"):
+            sizes = [size(here[o].shape) for o in set(instruction.operands) & set(here)]
+            read += sum(n for n in sizes if n >= least)
     return count, read
 
 
