@@ -3,8 +3,7 @@
 Every pattern is one of operators and constants; names and layers do not matter.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -28,7 +27,16 @@ def fold(graph: Graph, end: str) -> str:
     Returns:
         The name of its result.
     """
-    for simplify in (_means, _kept_axes, _softmax, _affine, _reshapes):
+    for simplify in (
+        _reshapes,
+        _means,
+        _layer_norms,
+        _kept_axes,
+        _softmax,
+        _affine,
+        _biases,
+        _reshapes,
+    ):
         simplify(graph, _Uses(graph, end))
         _drop_unused(graph, end)
     return end
@@ -110,27 +118,66 @@ def _kept_axes(graph: Graph, uses: _Uses) -> None:
             node.attribute.append(onnx.helper.make_attribute("keepdims", 1))
 
 
+EXPONENTIAL = ("Exp", ("Sub", "x", ("ReduceMax", "x", "axes")))
+SOFTMAX = ("Div", "exponential", ("ReduceSum", "exponential", "axes"))
+VARIANCE = ("Sub", ("ReduceMean", ("Mul", "x", "x"), "axes"), ("Mul", "mean", "mean"))
+DEVIATION = ("Sqrt", ("Add", ("Reshape", ("Relu", VARIANCE)), "epsilon"))
+FACTOR = ("Mul", ("Reciprocal", DEVIATION), "scale")
+LAYER_NORM = ("Add", ("Mul", ("Sub", "x", ("Reshape", "mean")), FACTOR), "bias")
+"""Patterns: operators with their inputs, and names for arrays."""
+
+
+def _matches(uses: _Uses, name: str, pattern: Any, found: dict[str, str]) -> bool:
+    """Whether an array is made as a pattern says; ``found`` has the pattern's names."""
+    if isinstance(pattern, str):
+        return found.setdefault(pattern, name) == name
+    op, *inputs = pattern
+    node = uses.maker(name, op)
+    return node is not None and all(
+        _matches(uses, given, part, found)
+        for given, part in zip(node.input, inputs, strict=False)
+    )
+
+
 def _softmax(graph: Graph, uses: _Uses) -> None:
     """exp(x - max x) divided by its sum."""
     for node in graph.nodes:
-        if node.op_type != "Div":
+        found: dict[str, str] = {}
+        if not _matches(uses, node.output[0], SOFTMAX, found):
             continue
-        exp = uses.maker(node.input[0], "Exp")
-        total = uses.maker(node.input[1], "ReduceSum")
-        shifted = exp and uses.maker(exp.input[0], "Sub")
-        most = shifted and uses.maker(shifted.input[1], "ReduceMax")
-        if not (exp and total and shifted and most):
-            continue
-        axes = graph.constants[total.input[1]]
-        same = np.array_equal(axes, graph.constants[most.input[1]]) and len(axes) == 1
-        if (
-            same
-            and total.input[0] == node.input[0]
-            and most.input[0] == shifted.input[0]
-        ):
+        axes = graph.constants[found["axes"]]
+        if _matches(uses, found["exponential"], EXPONENTIAL, found) and axes.size == 1:
             node.op_type = "Softmax"
-            node.input[:] = [shifted.input[0]]
+            node.input[:] = [found["x"]]
             node.attribute.append(onnx.helper.make_attribute("axis", int(axes[0])))
+
+
+def _layer_norms(graph: Graph, uses: _Uses) -> None:
+    """(x - mean x) scale / sqrt(max(mean x^2 - (mean x)^2, 0) + epsilon) + bias."""
+    for node in graph.nodes:
+        found: dict[str, str] = {}
+        if not (
+            _matches(uses, node.output[0], LAYER_NORM, found)
+            and _matches(uses, found["mean"], ("ReduceMean", "x", "axes"), found)
+        ):
+            continue
+        shape = graph.shapes[found["x"]]
+        names = [found[name] for name in ("axes", "epsilon", "scale", "bias")]
+        axes, epsilon, *vectors = (graph.constants.get(name) for name in names)
+        if (
+            axes.tolist() == [len(shape) - 1]
+            and epsilon is not None
+            and all(x is not None and x.shape[-1] == x.size for x in vectors)
+        ):
+            node.op_type = "LayerNormalization"
+            flat = (
+                graph.constant(x.reshape(-1), name)
+                for name, x in zip(names[2:], vectors, strict=True)
+            )
+            node.input[:] = [found["x"], *flat]
+            node.attribute.append(
+                onnx.helper.make_attribute("epsilon", float(epsilon.reshape(())))
+            )
 
 
 class _Affine(NamedTuple):
@@ -198,43 +245,39 @@ def _after(graph: Graph, node: Node, affine: _Affine) -> _Affine:
 
 def _into(graph: Graph, uses: _Uses, product: Node, affine: _Affine) -> bool:
     """Folds into weights and bias; not if one of their zeros would come or go."""
-    axis, weight_axis = (
-        PRODUCTS["Conv"] if product.op_type == "Conv" else PRODUCTS["Gemm"]
-    )
-    shape = graph.shapes[product.output[0]]
-    per_channel = [1] * len(shape)
-    per_channel[axis] = -1
+    axis, weight_axis = PRODUCTS[product.op_type]
     weights = graph.constants.get(product.input[1])
     shared = len(uses.readers[product.input[1]]) > 1
     if weights is None or shared or len(product.input) > 2:
         return False
-    channels = weights.shape[0 if product.op_type == "Conv" else 1]
-    vectors = []
+    channels = weights.shape[weight_axis]
+    along_channels = (1, channels)
     for array in affine:
-        others = array.size if array.ndim == 0 else array.shape[axis]
-        if array.size not in (1, channels) or array.size != others:
+        here = array.shape[axis] if array.ndim else 1
+        if array.size != here or here not in along_channels:
             return False
-        vectors.append(np.broadcast_to(array.reshape(-1), (channels,)))
-    scale, shift = vectors
-    along = [1] * weights.ndim
-    along[0 if product.op_type == "Conv" else 1] = -1
-    folded = (weights * scale.reshape(along)).astype(weights.dtype) + 0
+    scale, shift = (np.broadcast_to(x.reshape(-1), channels) for x in affine)
+    shape = [1] * weights.ndim
+    shape[weight_axis] = channels
+    folded = (weights * scale.reshape(shape)).astype(weights.dtype) + 0
     if not np.array_equal(folded == 0, weights == 0) or not np.isfinite(folded).all():
         return False
     graph.constants[product.input[1]] = folded
-    bias = graph.constant(
-        shift.astype(weights.dtype), f"{product.name.rpartition('/')[0]}/bias"
-    )
-    product.input.append(bias)
-    del per_channel, weight_axis
+    bias = f"{_place(product)}/bias"
+    product.input.append(graph.constant(shift.astype(weights.dtype), bias))
     return True
+
+
+def _place(node: Node) -> str:
+    """Where in the network a node is."""
+    return node.name.rpartition("/")[0]
 
 
 def _as_two(graph: Graph, start: str, chain: list[Node], affine: _Affine) -> None:
     """Three or more operators become one product and one sum."""
     first, last = chain[0], chain[-1]
     rank = len(graph.shapes[start])
-    place = first.name.rpartition("/")[0]
+    place = _place(first)
     dtype = graph.constants[
         next(name for name in first.input if name in graph.constants)
     ].dtype
@@ -252,11 +295,40 @@ def _as_two(graph: Graph, start: str, chain: list[Node], affine: _Affine) -> Non
 
 
 def _reshapes(graph: Graph, uses: _Uses) -> None:
-    """Of two reshapes in a row the second is enough."""
+    """Of two reshapes in a row the second is enough, and none if nothing changes."""
     for node in graph.nodes:
+        if node.op_type != "Reshape":
+            continue
         before = uses.maker(node.input[0], "Reshape")
-        if node.op_type == "Reshape" and before is not None:
+        if before is not None:
             node.input[0] = before.input[0]
+        name, result = node.input[0], node.output[0]
+        if graph.shapes[name] == graph.shapes[result] and result != uses.end:
+            for reader in uses.readers[result]:
+                reader.input[:] = [name if x == result else x for x in reader.input]
 
 
-Simplify = Callable[[Graph, _Uses], None]
+def _biases(graph: Graph, uses: _Uses) -> None:
+    """A bias comes before the columns of a product are split: engines fuse it there."""
+    for node in graph.nodes:
+        split = uses.maker(node.input[0], "Reshape")
+        product = split and uses.maker(split.input[0], "MatMul")
+        bias = graph.constants.get(node.input[-1])
+        if node.op_type != "Add" or not split or not product or bias is None:
+            continue
+        *rows, columns = graph.shapes[product.output[0]]
+        shape = graph.shapes[split.output[0]]
+        columns_alone = bias.shape == (*[1] * len(rows), *shape[len(rows) :])
+        if (
+            columns_alone
+            and bias.size == columns
+            and list(shape[: len(rows)]) == rows
+            and uses.only_reader(split.output[0]) is node
+        ):
+            target, total = split.input[1], graph.unique(f"{_place(product)}/sum")
+            vector = graph.constant(bias.reshape(-1), node.input[1])
+            split.op_type, node.op_type = "Add", "Reshape"
+            split.input[:] = [product.output[0], vector]
+            split.output[0], split.name = total, total
+            graph.shapes[total] = graph.shapes[product.output[0]]
+            node.input[:] = [total, target]

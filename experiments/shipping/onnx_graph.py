@@ -23,13 +23,15 @@ class Known(NamedTuple):
 
     Attributes:
         array: What it is.
-        path: Of the variable that it is made from; empty if of none.
-        whole: Whether it has that variable's values, in their order or another.
+        path: Of the variable that it is made from, and for one layer of a stack with
+            its number; empty if of none.
+        source: Path of the variable if it has its values, or those of one layer, in
+            their order or another; else empty.
     """
 
     array: np.ndarray
     path: str = ""
-    whole: bool = False
+    source: str = ""
 
 
 class Tensor(NamedTuple):
@@ -86,6 +88,10 @@ class Graph:
         self._taken.add(free)
         return free
 
+    def here(self, name: str) -> str:
+        """A name at the place where the next node is."""
+        return f"{self.place}/{name}" if self.place else name
+
     def constant(self, array: Any, name: str, source: str = "") -> str:
         """The name under which the graph has an array.
 
@@ -116,7 +122,7 @@ class Graph:
             shape: Of its output, in the graph's order of axes.
             **attributes: Of the operator.
         """
-        name = self.unique(f"{self.place}/{op.lower()}" if self.place else op.lower())
+        name = self.unique(self.here(op.lower()))
         self.nodes.append(
             onnx.helper.make_node(op, list(inputs), [name], name, **attributes)
         )
@@ -141,8 +147,8 @@ class Graph:
         if isinstance(value, Known):
             array = value.array
             array = array.transpose(order) if array.ndim else array
-            source = value.path if value.whole else ""
-            return self.constant(array, value.path or f"{self.place}/constant", source)
+            name = value.path or self.here("constant")
+            return self.constant(array, name, value.source)
         if value.order == order:
             return value.name
         shape = tuple(value.shape[axis] for axis in order)
@@ -155,12 +161,32 @@ class Graph:
             perm=[value.order.index(axis) for axis in order],
         )
 
+    def reshaped(self, x: Tensor, shape: Shape) -> Tensor:
+        """The tensor in another shape, as JAX reshapes it.
+
+        Axes of size 1 come and go in any order of axes; others need JAX's order.
+        """
+        before = [axis for axis, n in enumerate(x.shape) if n != 1]
+        after = [axis for axis, n in enumerate(shape) if n != 1]
+        if [x.shape[axis] for axis in before] != [shape[axis] for axis in after]:
+            name = self.ordered(x, range(len(x.shape)))
+            return Tensor(self.reshape(name, shape), shape, tuple(range(len(shape))))
+        order = [after[before.index(axis)] for axis in x.order if axis in before]
+        for axis in reversed(range(len(shape))):
+            if shape[axis] == 1:  # beside the axis that follows it
+                follows = order.index(axis + 1) if axis + 1 in order else len(order)
+                order.insert(follows, axis)
+        name = self.reshape(x.name, tuple(shape[axis] for axis in order))
+        return Tensor(name, shape, tuple(order))
+
     def reshape(self, name: str, shape: Shape) -> str:
         """The array in another shape; what depends on the batch is found by ONNX.
 
         Raises:
             NotImplementedError: If more than one axis depends on the batch.
         """
+        if shape == self.shapes[name]:
+            return name
         sizes = [-1 if isinstance(n, str) else n for n in shape]
         if sizes.count(-1) > 1:
             raise NotImplementedError("a shape with the batch in more than one axis")

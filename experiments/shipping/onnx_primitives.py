@@ -101,25 +101,7 @@ def _transpose(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
 
 
 def _reshape(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
-    return _reshaped(graph, x, _shape(eqn))
-
-
-def _reshaped(graph: Graph, x: Tensor, shape: Shape) -> Tensor:
-    """Axes of size 1 come and go in any order of axes; others need JAX's order."""
-    before = [axis for axis, n in enumerate(x.shape) if n != 1]
-    after = [axis for axis, n in enumerate(shape) if n != 1]
-    if [x.shape[axis] for axis in before] != [shape[axis] for axis in after]:
-        name = graph.ordered(x, range(len(x.shape)))
-        return Tensor(graph.reshape(name, shape), shape, tuple(range(len(shape))))
-    order = [after[before.index(axis)] for axis in x.order if axis in before]
-    for axis in reversed(range(len(shape))):
-        if shape[axis] == 1:  # beside the axis that follows it
-            follows = order.index(axis + 1) if axis + 1 in order else len(order)
-            order.insert(follows, axis)
-    there = tuple(shape[axis] for axis in order)
-    same = there == tuple(x.shape[axis] for axis in x.order)
-    name = x.name if same else graph.reshape(x.name, there)
-    return Tensor(name, shape, tuple(order))
+    return graph.reshaped(x, _shape(eqn))
 
 
 def _broadcast(graph: Graph, eqn: jex.JaxprEqn, x: Tensor, *sizes: Value) -> Tensor:
@@ -130,7 +112,7 @@ def _broadcast(graph: Graph, eqn: jex.JaxprEqn, x: Tensor, *sizes: Value) -> Ten
         x.shape[dimensions.index(axis)] if axis in dimensions else 1
         for axis in range(len(shape))
     )
-    x = _reshaped(graph, x, kept)
+    x = graph.reshaped(x, kept)
     if kept == shape:
         return x
     if any(isinstance(n, str) and n != k for n, k in zip(shape, kept, strict=True)):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.extend.core as jex
 
@@ -27,7 +28,7 @@ def convolution(graph: Graph, eqn: jex.JaxprEqn, x: Value, kernel: Value) -> Ten
         pads=_pads(params["padding"]),
         dilations=list(params["rhs_dilation"]),
         group=params["feature_group_count"],
-        kernel_shape=[kernel_size for kernel_size in _window(kernel, axes.rhs_spec)],
+        kernel_shape=_window(kernel, axes.rhs_spec),
     )
 
 
@@ -65,82 +66,109 @@ def max_pool(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
     )
 
 
+class _Factor(NamedTuple):
+    """One side of a product: a value, and what each of its axes is.
+
+    Attributes:
+        value: What it is.
+        shape: As JAX has it.
+        batch: Axes that number matrices.
+        ends: Axes that the product sums over.
+        free: The others.
+    """
+
+    value: Value
+    shape: Shape
+    batch: list[int]
+    ends: list[int]
+    free: list[int]
+
+    def sizes(self, axes: Sequence[int]) -> Shape:
+        """The sizes of axes."""
+        return tuple(self.shape[axis] for axis in axes)
+
+    def moves(self, *order: int) -> bool:
+        """Whether its axes are in another order."""
+        if isinstance(self.value, Known):
+            return False
+        return [axis for axis in self.value.order if self.shape[axis] != 1] != [
+            axis for axis in order if self.shape[axis] != 1
+        ]
+
+
 def product(graph: Graph, eqn: jex.JaxprEqn, a: Value, b: Value) -> Tensor:
     """A ``Gemm`` of matrices, or a ``MatMul`` of stacks of matrices.
 
     JAX has the axes of the result as those of the batch, the others of ``a``, the
-    others of ``b``.
+    others of ``b``. Here the factors change sides where that saves a transposition, and
+    weights are on the right.
     """
-    (ends_a, ends_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
-    shapes = tuple(shape_of(atom.aval) for atom in eqn.invars)
-    free_a, free_b = (
-        [axis for axis in range(len(shape)) if axis not in (*ends, *batch)]
-        for shape, ends, batch in zip(
-            shapes, (ends_a, ends_b), (batch_a, batch_b), strict=True
+    ends, batches = eqn.params["dimension_numbers"]
+    left, right = (
+        _factor(value, shape_of(atom.aval), batch, end)
+        for value, atom, batch, end in zip(
+            (a, b), eqn.invars, batches, ends, strict=True
         )
     )
     shape = shape_of(eqn.outvars[0].aval)
-    stacked, rows, columns = len(batch_a), len(free_a), len(free_b)
+    stacked, rows = len(left.batch), len(left.free)
     order = list(range(len(shape)))
-    if isinstance(a, Known) and not stacked:  # weights are on the right
-        a, b, ends_a, ends_b, free_a, free_b = b, a, ends_b, ends_a, free_b, free_a
-        shapes = shapes[1], shapes[0]
-        order = [*order[rows:], *order[:rows]]
-        rows, columns = columns, rows
-    batch_shape = tuple(shapes[0][axis] for axis in batch_a)
-    keeps = not stacked and isinstance(b, Known) and rows > 0
-    left = _matrices(graph, a, shapes[0], batch_a, free_a, ends_a, whole_rows=keeps)
-    right = _matrices(graph, b, shapes[1], batch_b, ends_b, free_b)
-    there = tuple(shape[axis] for axis in order)
-    row_shape = there[stacked : stacked + rows]
-    column_shape = there[stacked + rows :]
-    flat_rows = row_shape if keeps else (_size(row_shape),)
-    flat = (*batch_shape, *flat_rows, _size(column_shape))
-    gemm = keeps and len(flat) == 2
-    name = graph.node("Gemm" if gemm else "MatMul", [left, right], flat)
-    if flat != there:
-        name = graph.reshape(name, there)
+    if _price(right, left) < _price(left, right):
+        left, right = right, left
+        first, second = order[stacked : stacked + rows], order[stacked + rows :]
+        order = [*order[:stacked], *second, *first]
+    keeps = not stacked and isinstance(right.value, Known)  # the axes of the rows
+    row_shape, column_shape = left.sizes(left.free), right.sizes(right.free)
+    flat = (
+        *left.sizes(left.batch),
+        *(row_shape if keeps else (_size(row_shape),)),
+        _size(column_shape),
+    )
+    depth = _size(left.sizes(left.ends))
+    inputs = [
+        _laid_out(graph, left, left.free, left.ends, (*flat[:-1], depth)),
+        _laid_out(
+            graph, right, right.ends, right.free, (*flat[:stacked], depth, flat[-1])
+        ),
+    ]
+    op = "Gemm" if keeps and len(flat) == 2 else "MatMul"
+    name = graph.reshape(graph.node(op, inputs, flat), tuple(shape[n] for n in order))
     return Tensor(name, shape, tuple(order))
 
 
-def _matrices(
-    graph: Graph,
-    value: Value,
-    shape: Shape,
-    batch: Sequence[int],
-    rows: Sequence[int],
-    columns: Sequence[int],
-    whole_rows: bool = False,
-) -> str:
-    """The value as a stack of matrices: these axes of a batch, of rows, of columns.
+def _factor(
+    value: Value, shape: Shape, batch: Sequence[int], ends: Sequence[int]
+) -> _Factor:
+    free = [axis for axis in range(len(shape)) if axis not in (*batch, *ends)]
+    return _Factor(value, shape, list(batch), list(ends), free)
 
-    Args:
-        graph: The graph.
-        value: What to write.
-        shape: Its shape, as JAX has it.
-        batch: Axes of the stack.
-        rows: Axes of the rows.
-        columns: Axes of the columns.
-        whole_rows: Whether to leave the axes of the rows as they are.
-    """
-    order = (*batch, *rows, *columns)
-    row_shape = tuple(shape[axis] for axis in rows)
-    flat = (
-        *(shape[axis] for axis in batch),
-        *(row_shape if whole_rows else (_size(row_shape),)),
-        _size(tuple(shape[axis] for axis in columns)),
-    )
+
+def _price(left: _Factor, right: _Factor) -> int:
+    """Transpositions of a product with these sides; weights on the left cost more."""
+    moved = left.moves(*left.batch, *left.free, *left.ends)
+    moved += right.moves(*right.batch, *right.ends, *right.free)
+    return moved + 3 * isinstance(left.value, Known)
+
+
+def _laid_out(
+    graph: Graph, factor: _Factor, rows: list[int], columns: list[int], flat: Shape
+) -> str:
+    """The factor as a stack of matrices with these axes."""
+    order = [*factor.batch, *rows, *columns]
+    value = factor.value
     if isinstance(value, Known):
         array = value.array.transpose(order).reshape([int(n) for n in flat])
-        value = value._replace(array=array)
-        return graph.ordered(value, range(array.ndim))
-    name = graph.ordered(value, order)
-    there = tuple(shape[axis] for axis in order)
-    return name if there == flat else graph.reshape(name, flat)
+        return graph.ordered(value._replace(array=array), range(array.ndim))
+    kept = [axis for axis, n in enumerate(factor.shape) if n != 1]
+    value = graph.reshaped(value, factor.sizes(kept))
+    name = graph.ordered(value, [kept.index(axis) for axis in order if axis in kept])
+    return graph.reshape(name, flat)
 
 
 def _size(shape: Shape) -> int | str:
     """How many there are; a text if that depends on the batch."""
     known = math.prod(n for n in shape if not isinstance(n, str))
     unknown = [n for n in shape if isinstance(n, str)]
-    return "*".join([*unknown, str(known)]) if unknown else known
+    if not unknown:
+        return known
+    return "*".join(unknown if known == 1 else [*unknown, str(known)])

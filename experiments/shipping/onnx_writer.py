@@ -5,8 +5,8 @@ stand, and a scan over stacked layers becomes its layers. The batch is symbolic,
 model takes any. Names are those of the parameters.
 
 Why a writer of our own: jax2onnx 0.17 drops the explicit padding of max-pooling without
-a word, annotates arrays with wrong shapes, and cannot be installed beside today's Orbax.
-These networks need some 30 primitives.
+a word, annotates arrays with wrong shapes, and cannot be installed beside today's
+Orbax. These networks need some 30 primitives.
 """
 
 import json
@@ -39,8 +39,8 @@ class Written(NamedTuple):
     """A model, and what is what in it.
 
     Attributes:
-        model: The ONNX model, checked.
-        sources: From the name of an initializer to the path of the parameter that it
+        model: The ONNX model.
+        sources: From the name of an initializer to the path of the variable that it
             holds, or holds one layer of.
         steps: What was computed, in order: the primitive and the array that it gave.
     """
@@ -53,13 +53,16 @@ class Written(NamedTuple):
 def to_onnx(network: Network) -> onnx.ModelProto:
     """The network as an ONNX model, from ``images`` [batch, ...] to ``logits``.
 
-    BatchNorm is folded into convolutions, zeros are exact and positive.
+    BatchNorm is folded into convolutions, zeros are exact and positive, and what passes
+    is what ``onnx.checker`` lets through.
 
     Raises:
         UserError: If ONNX has nothing for a primitive, or the batch goes other ways
             than through the network.
     """
-    return write(network).model
+    model = write(network).model
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def write(network: Network, expecting: bool = False) -> Written:
@@ -88,7 +91,7 @@ def write(network: Network, expecting: bool = False) -> Written:
         walk.graph.unique("logits")
         walk.graph.shapes["images"] = shape
         arguments: list[Value] = [
-            Known(np.asarray(x), _plain(path), True) for path, x in variables.items()
+            Known(np.asarray(x), _plain(path), path) for path, x in variables.items()
         ]
         (result,) = walk.inside(traced, [*arguments, given])
     graph = walk.graph
@@ -129,7 +132,7 @@ def _model(
     images: tuple[int | str, ...],
     logits: tuple[int | str, ...],
 ) -> onnx.ModelProto:
-    """The checked model of a graph."""
+    """The model of a graph."""
 
     def described(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
         sizes = ["batch" if isinstance(n, str) else n for n in shape]
@@ -152,7 +155,6 @@ def _model(
         for key, value in network.metadata.items()
     }
     onnx.helper.set_model_props(model, texts)
-    onnx.checker.check_model(model, full_check=True)
     return model
 
 
@@ -235,11 +237,10 @@ class _Walk:
                 eqn, f"a constant with the batch's size ({eqn.primitive.name!r})"
             )
         path = next((x.path for x in given if x.path), "")
-        whole = eqn.primitive.name in ("reshape", "transpose", "squeeze") and any(
-            x.whole for x in given
-        )
+        moves = eqn.primitive.name in ("reshape", "transpose", "squeeze")
+        source = given[0].source if moves else ""
         results = _computed(eqn, [x.array for x in given])
-        return [Known(np.asarray(result), path, whole) for result in results]
+        return [Known(np.asarray(result), path, source) for result in results]
 
     def scan(self, eqn: jex.JaxprEqn, given: list[Value]) -> list[Value]:
         """Its turns, one after the other."""
@@ -274,7 +275,7 @@ def _layer(stacked: Any, turn: int) -> Known:
     """One layer of what is stacked, with its number in the path."""
     module, slash, leaf = stacked.path.rpartition("/")
     path = f"{module}.{turn}{slash}{leaf}" if stacked.path else ""
-    return Known(stacked.array[turn], path, stacked.whole)
+    return Known(stacked.array[turn], path, stacked.source)
 
 
 def _computed(eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
