@@ -54,7 +54,7 @@ from job.steps import (
     train_step,
 )
 from models.layers import BATCH_AXIS
-from workdir import checkpoints, report
+from workdir import checkpoints, report, ship
 from workdir.claim import FREE, claim_workdir
 from workdir.lock import only_run
 from workdir.monitor import Monitor
@@ -349,9 +349,14 @@ def _train_and_evaluate(
                 raise _stopped(step, steps)
 
     check_here()
-    state = jax_utils.unreplicate(state)
-    params = effective_params(config, state.params, state.opt_state)
-    return report.write_report(workdir, console, job, params, tests)
+    tested = jax_utils.unreplicate(programs.eval_variables(state))
+    networks = jax.device_get(tested)
+    told = ship.write_networks(workdir, job, networks, tests)
+    params = networks["test"]["params"]
+    result = report.write_report(workdir, console, job, params, tests)
+    for sentence in told:
+        console.print(sentence, soft_wrap=True)  # so that it can be copied
+    return result
 
 
 @contextlib.contextmanager

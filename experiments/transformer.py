@@ -226,8 +226,9 @@ def run(
     if out and (folder := pathlib.Path(out).absolute()).exists():
         sys.exit(f"error: {out} exists: name another folder with --out=...")
     train, test = load(dataset)
-    size, patch = train[0].shape[1], PATCH[dataset]
-    model = ViT(size, patch, width=64, layers=4, heads=4, seed=seed)
+    shape = {"size": train[0].shape[1], "patch": PATCH[dataset]}
+    shape |= {"width": 64, "layers": 4, "heads": 4, "seed": seed}
+    model = ViT(**shape)
     if (steps := epochs * (len(train[1]) // batch_size)) < 10:
         sys.exit(f"error: {steps} steps are too few: more epochs or a smaller batch")
     optimizer = make_optimizer(model, sparsity, learning_rate, steps)
@@ -238,13 +239,23 @@ def run(
     thresholds, rates = fit(model, optimizer, data, parts)
     final = st3jax.nnx.finalize(model, optimizer)
     weights = nnx.as_pure(nnx.state(final, nnx.Param))
+    summary = st3jax.summary(weights)
+    accuracy = evaluate(final, test, batch_size, parts)
     if out:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, weights)
-    summary = st3jax.summary(weights)
+        about = {
+            "network": "transformer",
+            "dataset": dataset,
+            "model": shape,
+            "sparsity": int(summary.zeros) / summary.weights,
+            "test_accuracy": accuracy,
+        }
+        layout = st3jax.nnx.layouts(final)
+        st3jax.save_sparse(folder / "model.st3", weights, metadata=about, layout=layout)
     return {
         "model": final,
-        "accuracy": evaluate(final, test, batch_size, parts),
+        "accuracy": accuracy,
         "zeros": int(summary.zeros),
         "weights": summary.weights,
         "thresholds": thresholds,

@@ -31,6 +31,7 @@ from st3jax.multiply_adds import multiply_adds
 from st3jax.one_shot import prune
 from st3jax.rule import scores
 from st3jax.schedules import polynomial_ramp
+from st3jax.sparse_files import load_sparse, read_header, save_sparse
 from st3jax.trees import is_kernel, kernel_mask
 from st3jax.version import __version__
 
@@ -52,6 +53,7 @@ __all__ = [
     "is_kernel",
     "kernel_mask",
     "layouts",
+    "load_sparse",
     "lrr",
     "lrr_cycles",
     "multiply_adds",
@@ -60,7 +62,9 @@ __all__ = [
     "polynomial_ramp",
     "probmask",
     "prune",
+    "read_header",
     "rigl",
+    "save_sparse",
     "scores",
     "selection",
     "set_",

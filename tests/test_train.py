@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from training import last_state, same_bits, tiny
 
+import st3jax
 import train
 from data import input_pipeline, sources
 from data.source import Unreadable
@@ -213,6 +214,10 @@ def test_images_that_no_memory_holds_are_told_and_counted():
 
 def test_the_dense_network_has_no_zeros(tmp_path):
     report = train.train_and_evaluate(tiny(**{"sparsity.method": "none"}), tmp_path)
+    header = st3jax.read_header(tmp_path / "model.st3")
+    assert not any("kept" in leaf for leaf in header["leaves"])
+    assert header["metadata"]["sparsity"] == 0
+    assert not (tmp_path / "model_ema.st3").exists()
     assert report["sparsity"] == 0.0
 
 

@@ -16,6 +16,8 @@ import pytest
 from absl import flags
 from flax import nnx
 
+import st3jax
+
 FILE = pathlib.Path(__file__).parent.parent / "experiments" / "transformer.py"
 TINY = {
     "dataset": "digits",
@@ -72,6 +74,21 @@ def test_what_is_saved_is_what_finalize_made(eight):
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.restore(out, jax.tree.map(np.asarray, mine))
     jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(mine))
+
+
+def test_the_compact_file_makes_the_network_again(transformer, eight):
+    end, out = eight
+    header = st3jax.read_header(out / "model.st3")
+    about = header["metadata"]
+    assert (about["network"], about["dataset"]) == ("transformer", "digits")
+    assert about["test_accuracy"] == end["accuracy"]
+    assert about["sparsity"] == end["zeros"] / end["weights"]
+    layouts = {"/".join(x["path"]): x.get("layout") for x in header["leaves"]}
+    assert layouts["blocks/attention/query/kernel"] == "sioo"
+    again = transformer.ViT(**about["model"] | {"seed": 7})
+    nnx.update(again, st3jax.load_sparse(out / "model.st3"))
+    images = np.random.default_rng(0).random((4, 8, 8), np.float32)
+    np.testing.assert_array_equal(again(images), end["model"](images))
 
 
 def test_weights_are_whole_on_each_device(eight):

@@ -128,7 +128,7 @@ def undisturbed(tmp_path_factory, overrides):
 
 
 def expect_the_same_end(workdir, undisturbed):
-    """The same bits in every array, and the same results of tests."""
+    """The same bits in every array and network, and the same results of tests."""
     (step, state), (end, expected) = last_state(workdir), last_state(undisturbed)
     assert step == end == STEPS
     assert len(state) > 80
@@ -136,6 +136,8 @@ def expect_the_same_end(workdir, undisturbed):
     tests = [row for row in metrics(undisturbed) if "test_loss" in row]
     assert [row for row in metrics(workdir) if "test_loss" in row] == tests
     assert len(tests) == 3
+    for name in ("model.st3", "model.safetensors"):
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def metrics(workdir):

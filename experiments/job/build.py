@@ -36,6 +36,7 @@ class Job(NamedTuple):
         data: The images.
         model: The network.
         costs: From path to the multiply-adds of one weight, for one image.
+        layouts: From path to a letter for each axis of a kernel.
         tx: The optimizer, wrapped in the sparse-training method.
         steps_per_epoch: Optimizer steps in an epoch.
         steps: Optimizer steps of the whole run.
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     data: sources.Data
     model: nn.Module
     costs: dict[str, int]
+    layouts: dict[str, str]
     tx: optax.GradientTransformationExtraArgs
     steps_per_epoch: int
     steps: int
@@ -85,8 +87,17 @@ def assemble(settings: Settings, data: sources.Data) -> Job:
     with _told("sparsity"):
         tx = make_optimizer(config, epoch, kernels.costs, kernels.layouts)
         jax.eval_shape(tx.init, params)
-    costs = kernels.costs
-    return Job(config, settings.origins, data, model, costs, tx, epoch, steps)
+    return Job(
+        config=config,
+        origins=settings.origins,
+        data=data,
+        model=model,
+        costs=kernels.costs,
+        layouts=kernels.layouts,
+        tx=tx,
+        steps_per_epoch=epoch,
+        steps=steps,
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""What a compact file is made of: a header, and a block for each leaf."""
