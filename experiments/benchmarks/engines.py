@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 
-__all__ = ["ENGINES", "Run", "convert_for_mnn"]
+__all__ = ["ENGINES", "Run", "convert_for_mnn", "onnx_runtime"]
 
 Run = Callable[[np.ndarray], np.ndarray]
 """From images to logits."""
@@ -44,7 +44,7 @@ def convert_for_mnn(source: pathlib.Path, target: pathlib.Path, sparse: bool) ->
     draft.replace(target)
 
 
-def onnx_runtime(path: pathlib.Path, images: np.ndarray, threads: int) -> Run:
+def onnx_runtime(model: bytes | pathlib.Path, threads: int = 1) -> Run:
     """ONNX Runtime, whose threads sleep when they have nothing to do."""
     import onnxruntime
 
@@ -52,7 +52,9 @@ def onnx_runtime(path: pathlib.Path, images: np.ndarray, threads: int) -> Run:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=["CPUExecutionProvider"],
     )
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
@@ -95,7 +97,7 @@ def mnn(path: pathlib.Path, images: np.ndarray, threads: int) -> Run:
 
 
 ENGINES: dict[str, Callable[[pathlib.Path, np.ndarray, int], Run]] = {
-    "ONNX Runtime": onnx_runtime,
+    "ONNX Runtime": lambda path, images, threads: onnx_runtime(path, threads),
     "OpenVINO": openvino,
     "MNN": mnn,
 }
