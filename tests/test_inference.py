@@ -22,7 +22,7 @@ networks = importlib.import_module("inference_networks")
 
 
 class Tiny(nn.Module):
-    """Kernels of 144, 512 and 320 weights, which meet 64, 4 and 1 places of an image."""
+    """Kernels of 144, 512 and 320 weights, at 64, 4 and 1 places of an image."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,5 +1,6 @@
 """Networks of random weights, pruned in several ways, as ONNX files to time."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,7 @@ DISTRIBUTIONS: dict[str, dict[str, Any]] = {
 """Which weights are pruned, as arguments of ``st3jax.prune``."""
 
 
+@functools.cache
 def random_network(name: str) -> Network:
     """One of ``NETWORKS``, with all its weights."""
     return NETWORKS[name]()
