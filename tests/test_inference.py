@@ -60,7 +60,7 @@ def test_all_engines_compute_the_same(network, tmp_path):
     """Each at other sizes of a batch than the export was made with."""
     path, images = tmp_path / "tiny.onnx", np.repeat(network.images, 3, 0)
     onnx.save(to_onnx(networks.pruned(network, 0.9, "uniform")), path)
-    engines.convert_for_mnn(path, path.with_suffix(".mnn"), sparse=True)
+    engines.convert_for_mnn(path, path.with_suffix(".mnn"))
     files = {"MNN": path.with_suffix(".mnn")}
     expected = None
     for name, engine in engines.ENGINES.items():

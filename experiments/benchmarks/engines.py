@@ -7,40 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from harness import EXPERIMENTS
+
+from workdir.files import draft_of
 
 __all__ = ["ENGINES", "Run", "convert_for_mnn", "onnx_runtime"]
 
 Run = Callable[[np.ndarray], np.ndarray]
 """From images to logits."""
 
-CONVERT = """
-import sys, MNN, _tools
-_tools.mnnconvert(sys.argv[1:])
-"""
 
-
-def convert_for_mnn(source: pathlib.Path, target: pathlib.Path, sparse: bool) -> None:
-    """Makes MNN's file of an ONNX file.
-
-    The converter is called inside the package: the command ``mnnconvert`` would install
-    telemetry.
-
-    Args:
-        source: The ONNX file.
-        target: Where MNN's file goes.
-        sparse: Whether kernels of 60 % zeros or more run on MNN's sparse kernels.
+def convert_for_mnn(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Makes MNN's file of an ONNX file, in which kernels of 60 % zeros run sparse.
 
     Raises:
         RuntimeError: If MNN cannot convert it.
     """
-    draft = target.with_name(f"{target.name}.draft")
-    options = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(draft)]
-    options += ["--bizCode", "st3jax", *(["--detectSparseSpeedUp"] if sparse else [])]
-    command = [sys.executable, "-c", CONVERT, "MNNConvert", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not draft.exists():
-        raise RuntimeError(f"MNN could not convert {source}: {ended.stdout[-500:]}")
-    draft.replace(target)
+    command = [sys.executable, "-m", "shipping.mnn_process", "convert"]
+    with draft_of(target) as draft:
+        ended = subprocess.run(
+            [*command, str(source.absolute()), str(draft.absolute())],
+            cwd=EXPERIMENTS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not draft.exists():
+            raise RuntimeError(f"MNN could not convert {source}: {ended.stdout[-500:]}")
 
 
 def onnx_runtime(model: bytes | pathlib.Path, threads: int = 1) -> Run:

@@ -106,7 +106,7 @@ def dense_files(network: Network) -> tuple[pathlib.Path, pathlib.Path]:
         with draft_of(path) as draft:
             onnx.save(to_onnx(network), draft)
     if not mnn.exists():
-        convert_for_mnn(path, mnn, sparse=False)
+        convert_for_mnn(path, mnn)
     return path, mnn
 
 
@@ -122,7 +122,7 @@ def sparse_file(network: Network, distribution: str, sparsity: float) -> pathlib
         source = path.with_suffix(".onnx")
         onnx.save(to_onnx(pruned(network, sparsity, distribution)), source)
         with draft_of(path) as draft:
-            convert_for_mnn(source, draft, sparse=True)
+            convert_for_mnn(source, draft)
             expected = ENGINES["ONNX Runtime"](source, network.images, 1)
             found = ENGINES["MNN"](draft, network.images, 1)
             check(name, found(network.images), expected(network.images))
