@@ -1,12 +1,11 @@
 """``model.mnn``: for MNN, which runs kernels faster that are 60 % zeros or more."""
 
-import math
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,42 +13,49 @@ import onnx
 from errors import UserError
 from shipping import agreement
 from shipping.network import Network
-from shipping.onnx_file import agreed_model
+from shipping.onnx_file import Kernel, agreed_model, kernels_of
 
-__all__ = ["FILES", "Kernel", "export", "kernels_of"]
+__all__ = ["export"]
 
-FILES = ("model.mnn",)
 SPARSE_FROM = 0.6
 """Share of zeros from which on MNN runs a kernel sparse."""
 
 
-class Kernel(NamedTuple):
-    """A kernel of an ONNX model.
-
-    Attributes:
-        name: Of its array.
-        weights: How many it has.
-        zeros: How many of them are zero.
-        multiply_adds: For one image, zeros included.
-    """
-
-    name: str
-    weights: int
-    zeros: int
-    multiply_adds: int
-
-
-def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
+def export(
+    network: Network, folder: pathlib.Path, compacted: bool = False
+) -> agreement.Exported:
     """Writes the network for MNN, once MNN agrees with JAX.
+
+    Args:
+        network: The network.
+        folder: Where to write ``model.mnn``, or ``model_compact.mnn``.
+        compacted: Whether to leave out the channels that do nothing.
 
     Raises:
         UserError: If it does not, or cannot convert the network; nothing is in the
             folder then.
     """
-    model, zeros, _ = agreed_model(network)
-    with agreement.draft_folder(folder, FILES) as draft:
-        error = convert(model, network, draft / FILES[0])
-    return agreement.Exported([folder / FILES[0]], zeros, error)
+    model, zeros, _, notes = agreed_model(network, compacted)
+    name = "model_compact.mnn" if compacted else "model.mnn"
+    with agreement.draft_folder(folder, [name]) as draft:
+        error = convert(model, network, draft / name)
+    warnings = dense_kernels(kernels_of(model))
+    return agreement.Exported([folder / name], zeros, error, notes + warnings)
+
+
+def dense_kernels(kernels: list[Kernel]) -> tuple[str, ...]:
+    """A sentence about kernels that MNN runs dense, if there are any."""
+    dense = [x for x in kernels if x.zeros < SPARSE_FROM * x.weights]
+    if not dense:
+        return ()
+    share = sum(x.multiply_adds for x in dense) / sum(x.multiply_adds for x in kernels)
+    names = ", ".join(x.name.removesuffix("/kernel") for x in dense[:3])
+    return (
+        f"MNN runs {len(dense)} of {len(kernels)} kernels dense, as less than "
+        f"{SPARSE_FROM:.0%} of their weights are zero ({names}"
+        f"{', ...' if len(dense) > 3 else ''}): they have {share:.0%} of all "
+        "multiply-adds",
+    )
 
 
 def convert(model: onnx.ModelProto, network: Network, path: pathlib.Path) -> float:
@@ -102,27 +108,3 @@ def _call(*arguments: Any) -> None:
             f"MNN failed to {arguments[0]} (status {done.returncode}: "
             f"{words[-1][:200]}): nothing was written"
         )
-
-
-def kernels_of(model: onnx.ModelProto) -> list[Kernel]:
-    """The kernels of convolutions and products in an ONNX model, in their order."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {
-        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
-        for value in (*inferred.value_info, *inferred.output)
-    }
-    arrays = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        if (
-            node.op_type not in ("Conv", "Gemm", "MatMul")
-            or node.input[1] not in arrays
-        ):
-            continue
-        array, shape = arrays[node.input[1]], shapes[node.output[0]]
-        places = shape[2:] if node.op_type == "Conv" else shape[1:-1]
-        zeros = int(np.sum(array == 0))
-        found.append(
-            Kernel(node.input[1], array.size, zeros, math.prod(places) * array.size)
-        )
-    return found

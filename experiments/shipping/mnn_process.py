@@ -47,4 +47,8 @@ def run(model: str, images: str, logits: str) -> None:
 
 
 if __name__ == "__main__":
-    {"convert": convert, "run": run}[sys.argv[1]](*sys.argv[2:])
+    what, *arguments = sys.argv[1:]
+    if what == "convert":
+        convert(*arguments)
+    else:
+        run(*arguments)

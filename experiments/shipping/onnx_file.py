@@ -1,7 +1,8 @@
 """``model.onnx``: what ONNX Runtime, OpenVINO and others run."""
 
+import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -10,34 +11,74 @@ import onnxruntime
 from errors import UserError
 from paths import kernels
 from shipping import agreement
+from shipping.compact import compact
 from shipping.network import Network
 from shipping.onnx_writer import Written, write
 
-__all__ = ["FILES", "agreed_model", "export"]
+__all__ = ["Agreed", "Kernel", "agreed_model", "export", "kernels_of"]
 
-FILES = ("model.onnx",)
 FAR = 10 * agreement.TOLERANCE
 """Relative error of a step that is more than rounding."""
 
 
-def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+
+
+class Kernel(NamedTuple):
+    """A kernel of an ONNX model.
+
+    Attributes:
+        name: Of its array.
+        weights: How many it has.
+        zeros: How many of them are zero.
+        multiply_adds: For one image, zeros included.
+    """
+
+    name: str
+    weights: int
+    zeros: int
+    multiply_adds: int
+
+
+class Agreed(NamedTuple):
+    """A model that has been compared with the network.
+
+    Attributes:
+        model: The model.
+        zeros: In its kernels.
+        error: The relative error of its logits.
+        notes: What a person should know, in sentences.
+    """
+
+    model: onnx.ModelProto
+    zeros: int
+    error: float
+    notes: tuple[str, ...]
+
+
+def export(
+    network: Network, folder: pathlib.Path, compacted: bool = False
+) -> agreement.Exported:
     """Writes the network as an ONNX model, once ONNX Runtime agrees with JAX.
+
+    Args:
+        network: The network.
+        folder: Where to write ``model.onnx``, or ``model_compact.onnx``.
+        compacted: Whether to leave out the channels that do nothing.
 
     Raises:
         UserError: If it does not, with the first step that differs, or if ONNX has
             nothing for a primitive; nothing is in the folder then.
     """
-    model, zeros, error = agreed_model(network)
-    with agreement.draft_folder(folder, FILES) as draft:
-        onnx.save(model, draft / FILES[0])
-    return agreement.Exported([folder / FILES[0]], zeros, error)
+    agreed = agreed_model(network, compacted)
+    name = "model_compact.onnx" if compacted else "model.onnx"
+    with agreement.draft_folder(folder, [name]) as draft:
+        onnx.save(agreed.model, draft / name)
+    return agreement.Exported([folder / name], *agreed[1:])
 
 
-def agreed_model(network: Network) -> tuple[onnx.ModelProto, int, float]:
+def agreed_model(network: Network, compacted: bool) -> Agreed:
     """An ONNX model of the network that has its zeros and gives its logits.
-
-    Returns:
-        The model, the zeros in its kernels, and the relative error of its logits.
 
     Raises:
         UserError: As ``export`` does.
@@ -53,7 +94,19 @@ def agreed_model(network: Network) -> tuple[onnx.ModelProto, int, float]:
         raise UserError(f"no valid ONNX model ({first}): nothing was written") from None
     except UserError as wrong:
         raise UserError(f"{wrong}; {_first_difference(network)}") from None
-    return written.model, zeros, error
+    if not compacted:
+        return Agreed(written.model, zeros, error, ())
+    smaller = compact(written.model)
+    error = check_batches("the compact model", smaller.model, network, expected)
+    zeros = sum(kernel.zeros for kernel in kernels_of(smaller.model))
+    shares = [
+        after / before for before, after in (smaller.weights, smaller.multiply_adds)
+    ]
+    note = (
+        f"the compact network has {shares[0]:.1%} of the weights and {shares[1]:.1%} "
+        "of the multiply-adds of the whole one, zeros included"
+    )
+    return Agreed(smaller.model, zeros, error, (note,))
 
 
 def check_batches(
@@ -136,3 +189,27 @@ def _first_difference(network: Network) -> str:
                 f"{what!r}: {error:.1e} of the largest"
             )
     return "it grows little by little: no single step differs by more than rounding"
+
+
+def kernels_of(model: onnx.ModelProto) -> list[Kernel]:
+    """The kernels of convolutions and products in an ONNX model, in their order."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    arrays = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if (
+            node.op_type not in ("Conv", "Gemm", "MatMul")
+            or node.input[1] not in arrays
+        ):
+            continue
+        array, shape = arrays[node.input[1]], shapes[node.output[0]]
+        places = shape[2:] if node.op_type == "Conv" else shape[1:-1]
+        zeros = int(np.sum(array == 0))
+        found.append(
+            Kernel(node.input[1], array.size, zeros, math.prod(places) * array.size)
+        )
+    return found

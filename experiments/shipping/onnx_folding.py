@@ -163,12 +163,11 @@ def _layer_norms(graph: Graph, uses: _Uses) -> None:
             continue
         shape = graph.shapes[found["x"]]
         names = [found[name] for name in ("axes", "epsilon", "scale", "bias")]
-        axes, epsilon, *vectors = (graph.constants.get(name) for name in names)
-        if (
-            axes.tolist() == [len(shape) - 1]
-            and epsilon is not None
-            and all(x is not None and x.shape[-1] == x.size for x in vectors)
-        ):
+        if any(name not in graph.constants for name in names):
+            continue
+        axes, epsilon, *vectors = (graph.constants[name] for name in names)
+        last = axes.tolist() == [len(shape) - 1]
+        if last and all(x.shape[-1:] == (x.size,) for x in vectors):
             node.op_type = "LayerNormalization"
             flat = (
                 graph.constant(x.reshape(-1), name)

@@ -24,6 +24,10 @@ def _shape(eqn: jex.JaxprEqn) -> Shape:
     return shape_of(eqn.outvars[0].aval)
 
 
+def _dtype(atom: Any) -> np.dtype:
+    return np.dtype(atom.aval.dtype)
+
+
 def _elementwise(op: str) -> Rule:
     """An operator that has a number for each number, or pair of numbers."""
 
@@ -68,15 +72,15 @@ def _integer_pow(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
     power = eqn.params["y"]
     if power == 2:
         return _square(graph, eqn, x)
-    exponent = Known(np.array(power, eqn.outvars[0].aval.dtype))
+    exponent = Known(np.array(power, _dtype(eqn.outvars[0])))
     return _elementwise("Pow")(graph, eqn, x, exponent)
 
 
 def _convert(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
-    before, after = (atom.aval.dtype for atom in (eqn.invars[0], eqn.outvars[0]))
+    before, after = _dtype(eqn.invars[0]), _dtype(eqn.outvars[0])
     if before == after:
         return x
-    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(after))
+    kind = onnx.helper.np_dtype_to_tensor_dtype(after)
     return graph.compute("Cast", [x.name], x.shape, x.order, to=kind)
 
 

@@ -145,9 +145,11 @@ def _factor(
 
 def _price(left: _Factor, right: _Factor) -> int:
     """Transpositions of a product with these sides; weights on the left cost more."""
-    moved = left.moves(*left.batch, *left.free, *left.ends)
-    moved += right.moves(*right.batch, *right.ends, *right.free)
-    return moved + 3 * isinstance(left.value, Known)
+    return (
+        left.moves(*left.batch, *left.free, *left.ends)
+        + right.moves(*right.batch, *right.ends, *right.free)
+        + 3 * isinstance(left.value, Known)
+    )
 
 
 def _laid_out(

@@ -182,9 +182,9 @@ class _Walk:
         known.update(zip(jaxpr.invars, given, strict=True))
 
         def value(atom: Any) -> Value:
-            if isinstance(atom, jex.Literal):
-                return Known(np.asarray(atom.val, atom.aval.dtype))
-            return known[atom]
+            if isinstance(atom, jex.Var):
+                return known[atom]
+            return Known(np.asarray(atom.val, atom.aval.dtype))
 
         for eqn in jaxpr.eqns:
             results = self.equation(eqn, list(map(value, eqn.invars)))
@@ -268,7 +268,7 @@ class _Walk:
         arrays = [x.array for x in turns if isinstance(x, Known)]
         if len(arrays) < len(turns):
             raise self.unknown(eqn, "a 'scan' that keeps activations")
-        return Known(np.stack(arrays), turns[0].path if arrays else "")
+        return Known(np.stack(arrays))
 
 
 def _layer(stacked: Any, turn: int) -> Known:
