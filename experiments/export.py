@@ -176,30 +176,38 @@ def _found(name: str, result: Any) -> tuple[str, str, str]:
     return name, f"{result.zeros:,}", error
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that has ended.")
-FORMAT = flags.DEFINE_list(
-    "format", None, f"What to write: {', '.join(FORMATS)}, or several with commas."
-)
-COMPACT = flags.DEFINE_bool(
-    "compact", False, "Leave out channels that do nothing: a smaller dense network."
-)
-OUT = flags.DEFINE_string(
-    "out", None, "Where to write; by default to export in the workdir.",
-    allow_override=True,  # transformer.py has one, too
-)  # fmt: skip
-DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where the images of the run are, if not where they were."
-)
+def define_flags() -> None:
+    """For this program alone: others have flags of the same names."""
+    flags.DEFINE_string("workdir", None, "Folder of a run that has ended.")
+    flags.DEFINE_list(
+        "format", None, f"What to write: {', '.join(FORMATS)}, several with commas."
+    )
+    flags.DEFINE_bool(
+        "compact", False, "Leave out channels that do nothing: a smaller dense network."
+    )
+    flags.DEFINE_string(
+        "out", None, "Where to write; by default to export in the workdir.",
+        allow_override=True,  # transformer.py, which may be imported, has one, too
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "data_dir", None, "Where the images of the run are, if not where they were."
+    )
+    flags.mark_flags_as_required(["workdir", "format"])
 
 
 def main(argv: list[str]) -> None:
     """Reads the flags and writes; whatever happens is told in a sentence."""
-    workdir = pathlib.Path(str(WORKDIR.value))
+    given = flags.FLAGS
     try:
         if argv[1:]:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --name=value")
-        out = pathlib.Path(OUT.value) if OUT.value else None
-        export(workdir, FORMAT.value or [], out, COMPACT.value, DATA_DIR.value)
+        export(
+            pathlib.Path(given.workdir),
+            given.format,
+            pathlib.Path(given.out) if given.out else None,
+            given.compact,
+            given.data_dir,
+        )
     except UserError as error:
         terminal.end(1, f"error: {error}")
 
@@ -215,5 +223,5 @@ def parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     terminal.keep_streams()
     logging.set_verbosity(logging.ERROR)
-    flags.mark_flags_as_required(["workdir", "format"])
+    define_flags()
     app.run(main, flags_parser=parse_flags)
