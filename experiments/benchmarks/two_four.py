@@ -4,22 +4,25 @@ python experiments/benchmarks/two_four.py
 
 Needs PyTorch alone, and takes under a minute. A row is a layer, or an MLP of two, of
 a size that vision or language models have, with random weights of which two of every
-four are zero: dense, and as PyTorch's two libraries run it, by their default algorithm
-and, for cuSPARSELt, by the one that its search finds. Each is called from Python, as a
-model without ``torch.compile`` calls it, and then replayed as a CUDA graph, where time
-is the GPU's alone. Dense and sparse take turns, and every call takes other weights, so
-that no cache holds them. A library that fails says so in its row, and the next goes
-on. ``--seconds=120`` gives more time to a slow GPU.
+four are zero: dense, and as PyTorch's two libraries run it. CUTLASS is for compute
+capability 8.x alone. cuSPARSELt runs by its default algorithm, as PyTorch's tensors
+call it, and by the one that its search finds, where the result is either transposed by
+PyTorch or by the product itself. Each is called from Python, as a model without
+``torch.compile`` calls it, and then replayed as a CUDA graph, where time is the GPU's
+alone. Dense and sparse take turns, and every call takes other weights, so that no cache
+holds them. A library that fails says so in its row, and the next goes on.
+``--seconds=120`` gives more time to a slow GPU.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +33,11 @@ COLUMNS = (
     *("layer", "outputs x inputs", "tokens", "dtype", "library", "called"),
     *("dense, us", "2:4, us", "times faster", "error"),
 )
+SEARCHED, FUSED = "searched", "fused"
+VARIANTS = (f"cuSPARSELt, {SEARCHED}", f"cuSPARSELt, {SEARCHED}, {FUSED}")
 WAYS = ("from Python", "as a graph")
-Kernels = list[torch.Tensor]
+Tensors = list[torch.Tensor]
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Case(NamedTuple):
@@ -86,33 +92,49 @@ def two_four(weight: torch.Tensor) -> torch.Tensor:
     return (groups * kept.to(weight)[drawn]).reshape(weight.shape)
 
 
-def compressed(weight: torch.Tensor, backend: str, x: torch.Tensor) -> torch.Tensor:
-    """A weight as a library runs it; with "best", as it is fastest for inputs ``x``."""
+def sparse_layers(weights: Tensors, library: str, x: torch.Tensor) -> list[Layer]:
+    """Layers of weights of one shape, as a library runs them, for inputs like ``x``."""
     sparse: Any = torch.sparse
-    if backend == "CUTLASS":
-        return sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)
-    algorithm = 0
-    if backend.endswith("best"):
-        packed = torch._cslt_compress(weight)
-        padded = functional.pad(x, (0, 0, 0, -len(x) % 8))  # as PyTorch does
-        algorithm = torch._cslt_sparse_mm_search(packed, padded.t())
-    return sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight, algorithm)
+    if library == "CUTLASS":
+        tensors = map(sparse.SparseSemiStructuredTensorCUTLASS.from_dense, weights)
+        return [functools.partial(functional.linear, weight=w) for w in tensors]
+    if library == "cuSPARSELt":
+        tensors = map(sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense, weights)
+        return [functools.partial(functional.linear, weight=w) for w in tensors]
+    fused = library.endswith(FUSED)
+    packed = [torch._cslt_compress(weight) for weight in weights]
+    algorithm = torch._cslt_sparse_mm_search(
+        packed[0], padded(x).t(), transpose_result=fused
+    )
+
+    def layer(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = torch._cslt_sparse_mm(
+            packed, padded(x).t(), transpose_result=fused, alg_id=algorithm
+        )
+        return (y if fused else y.t())[: len(x)]
+
+    return [functools.partial(layer, each) for each in packed]
 
 
-def forward(x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """With as many rows as the library wants; PyTorch's own layers do the same."""
+    return functional.pad(x, (0, 0, 0, -len(x) % 8)) if len(x) % 8 else x
+
+
+def forward(x: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
     """A layer, or two with GELU between them."""
-    x = functional.linear(x, kernels[0])
-    for kernel in kernels[1:]:
-        x = functional.linear(functional.gelu(x), kernel)
+    x = layers[0](x)
+    for layer in layers[1:]:
+        x = layer(functional.gelu(x))
     return x
 
 
-def row(case: Case, dtype: torch.dtype, backend: str, way: str, device: str) -> str:
+def row(case: Case, dtype: torch.dtype, library: str, way: str, device: str) -> str:
     """Times a layer dense and sparse: a row of the table, or what went wrong."""
     named = [case.name, f"{case.outputs} x {case.inputs}", f"{case.tokens}"]
-    named += [str(dtype).removeprefix("torch."), backend, way]
+    named += [str(dtype).removeprefix("torch."), library, way]
     try:
-        dense, sparse, error = timed(case, dtype, backend, way, device)
+        dense, sparse, error = timed(case, dtype, library, way, device)
     except Exception as failure:  # of a library: the next rows are still of use
         reason = str(failure).strip().splitlines() or [""]
         what = f"{type(failure).__name__}: {reason[0][:100]}".replace("|", "/")
@@ -122,7 +144,7 @@ def row(case: Case, dtype: torch.dtype, backend: str, way: str, device: str) -> 
 
 
 def timed(
-    case: Case, dtype: torch.dtype, backend: str, way: str, device: str
+    case: Case, dtype: torch.dtype, library: str, way: str, device: str
 ) -> tuple[float, float, float]:
     """Seconds of a call, dense and sparse, and the relative error of the sparse one."""
     generator = torch.Generator(device).manual_seed(0)
@@ -131,18 +153,19 @@ def timed(
         x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return x / math.sqrt(shape[-1])
 
-    x = drawn(case.tokens, case.inputs)
-    hidden = drawn(case.tokens, case.outputs)
-    size = 2 * case.outputs * case.inputs * len(case.shapes())  # bytes
+    inputs = [drawn(case.tokens, columns) for _, columns in case.shapes()]
+    size = 2 * case.outputs * case.inputs * len(inputs)  # bytes
     copies = min(64, math.ceil(4 * cache(device) / size))
-    dense = [[two_four(drawn(*s)) for s in case.shapes()] for _ in range(copies)]
-    sparse = [
-        [compressed(w, backend, i) for w, i in zip(kernels, (x, hidden), strict=False)]
-        for kernels in dense
-    ]
-    exact, found = forward(x, dense[0]), forward(x, sparse[0])
+    dense, sparse = [], []
+    for shape, x in zip(case.shapes(), inputs, strict=True):
+        weights = [two_four(drawn(*shape)) for _ in range(copies)]
+        dense.append([functools.partial(functional.linear, weight=w) for w in weights])
+        sparse.append(sparse_layers(weights, library, x))
+    networks = [[*zip(*layers, strict=True)] for layers in (dense, sparse)]
+    x = inputs[0]
+    exact, found = (forward(x, network[0]) for network in networks)
     error = float((found - exact).abs().max() / exact.abs().max())
-    runs = [each(x, layers, way) for layers in (dense, sparse)]
+    runs = [each(x, network, way) for network in networks]
     of_dense, of_sparse = in_turn(runs, device)
     return of_dense / copies, of_sparse / copies, error
 
@@ -155,12 +178,12 @@ def cache(device: str) -> int:
     return getattr(properties, "L2_cache_size", 0) or 50_000_000
 
 
-def each(x: torch.Tensor, layers: list[Kernels], way: str) -> Callable[[], Any]:
-    """A function that calls every layer once."""
+def each(x: torch.Tensor, network: list[Any], way: str) -> Callable[[], Any]:
+    """A function that calls every copy once."""
 
     def run() -> None:
-        for kernels in layers:
-            forward(x, kernels)
+        for layers in network:
+            forward(x, layers)
 
     if way == "from Python":
         return run
@@ -201,7 +224,7 @@ def seconds(run: Callable[[], Any], calls: int, device: str) -> float:
 
 def rows(backend: str, device: str, end: float) -> Iterator[str]:
     """The rows of one library, until the clock is at ``end``."""
-    libraries = [backend] + [f"{backend}, best"] * (backend == "cuSPARSELt")
+    libraries = [backend, *VARIANTS] if backend == "cuSPARSELt" else [backend]
     dtypes = (torch.bfloat16, torch.float16)
     for way, dtype in itertools.product(WAYS, dtypes):
         for case, library in itertools.product(CASES, libraries):
@@ -248,7 +271,11 @@ def main() -> None:
         f"{about()}\n\n{line([*COLUMNS])}\n{line(['---'] * len(COLUMNS))}", flush=True
     )
     begin = time.perf_counter()
+    major, _ = torch.cuda.get_device_capability()
     for after, backend in enumerate(BACKENDS):
+        if backend == "CUTLASS" and major != 8:
+            print(f"CUTLASS: for compute capability 8.x alone, not {major}.x")
+            continue
         left = settings.seconds - (time.perf_counter() - begin)
         share = left / (len(BACKENDS) - after)
         command = [sys.executable, "-W", "ignore", __file__, f"--backend={backend}"]
