@@ -326,8 +326,7 @@ def test_why_a_kernel_is_not_taken(shape, letters, problem):
 
 def test_the_table_fits_a_terminal():
     out = io.StringIO()
-    tensors = torch_names.named_tensors(two_four_network())
-    two_four.print_table(Console(file=out, width=80), tensors)
+    two_four.print_table(Console(file=out, width=80), two_four_network())
     text = out.getvalue()
     assert "2:4 in PyTorch: 12 of 14 kernels" in text
     assert re.search(r"blocks.1.down +│ 32x128 +│ half, int8 │ half, int8 │ +│", text)

@@ -23,10 +23,11 @@ from shipping.network import Network
 
 __all__ = ["FILES", "export", "logits", "program", "reader"]
 
-FILES = ("model.jax.zst", "model.st3", "read_st3.py", "run.py")
+FILES = ("run.py", "model.jax.zst", "model.st3", "read_st3.py")
 RUN = pathlib.Path(__file__).with_name("run.py")
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PLATFORMS = ("cpu", "cuda", "tpu")
+MOST_BYTES = 2**36  # of a network's own file
 SOURCES = "jax_traceback_in_locations_limit"
 """The setting that puts paths of this machine into a program, or not."""
 
@@ -39,14 +40,14 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
             is not the network; nothing is in the folder then.
     """
     with agreement.draft_folder(folder, FILES) as draft:
+        run, packed, weights, read = (draft / name for name in FILES)
+        run.write_text(RUN.read_text())
+        read.write_text(reader())
         compressor = zstandard.ZstdCompressor(level=19)
-        (draft / FILES[0]).write_bytes(compressor.compress(program(network)))
-        weights = draft / FILES[1]
+        packed.write_bytes(compressor.compress(program(network)))
         st3jax.save_sparse(weights, network.variables, metadata=network.metadata)
-        (draft / FILES[2]).write_text(reader())
-        (draft / FILES[3]).write_text(RUN.read_text())
-        tree = st3jax.load_sparse(weights)
-        zeros = agreement.check_variables(FILES[1], tree, network)
+        tree = st3jax.load_sparse(weights, max_bytes=MOST_BYTES)
+        zeros = agreement.check_variables(weights.name, tree, network)
         found = logits(draft, network.images)
         expected = agreement.expected_logits(network)
         error = agreement.check_logits("the program", found, expected)

@@ -30,11 +30,11 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
         for key, value in network.metadata.items()
     }
     with agreement.draft_folder(folder, [FILE]) as draft:
-        safetensors.numpy.save_file(
+        content = safetensors.numpy.save(
             {name: tensor.values for name, tensor in tensors.items()},
-            draft / FILE,
             {"format": "pt", **metadata},
         )
+        (draft / FILE).write_bytes(content)
         read = safetensors.numpy.load_file(draft / FILE)
         found = {name: x._replace(values=read[name]) for name, x in tensors.items()}
         zeros = agreement.check_variables(FILE, variables_of(found), network)

@@ -4,6 +4,7 @@ An ImageNet ResNet is what ``torchvision.models.resnet18`` to ``resnet152`` load
 strictly. ``torch_networks.py`` has the other networks.
 """
 
+import io
 import pathlib
 from typing import Any
 
@@ -39,14 +40,28 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
     tensors = named_tensors(network)
     with agreement.draft_folder(folder, [FILE]) as draft:
         path = draft / FILE
-        torch.save({name: _to_torch(x.values) for name, x in tensors.items()}, path)
+        content = io.BytesIO()  # so that a full disk is an OSError
+        torch.save({name: _to_torch(x.values) for name, x in tensors.items()}, content)
+        path.write_bytes(content.getbuffer())
         weights = torch.load(path, weights_only=True)
         zeros = agreement.check_variables(FILE, _variables(weights, tensors), network)
         error, found = None, logits(network, weights)
         if found is not None:
             expected = agreement.expected_logits(network)
             error = agreement.check_logits("PyTorch", found, expected)
-    return agreement.Exported([folder / FILE], zeros, error)
+    return agreement.Exported([folder / FILE], zeros, error, (_who_takes_it(network),))
+
+
+def _who_takes_it(network: Network) -> str:
+    """Which network in PyTorch the tensors are for."""
+    if depth := torchvision_depth(network):
+        return f"torchvision.models.resnet{depth}(num_classes=...) loads it strictly"
+    if network.name in NETWORKS:
+        return (
+            f"NETWORKS[{network.name!r}] of experiments/shipping/torch_networks.py "
+            "computes with it"
+        )
+    return "its logits were not computed: this project has no such network in PyTorch"
 
 
 def logits(network: Network, weights: dict[str, torch.Tensor]) -> np.ndarray | None:

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shipping.torch_names import Tensor
+from shipping.network import Network
+from shipping.torch_names import Tensor, named_tensors
 
 __all__ = ["DTYPES", "Kernel", "kernels", "print_table"]
 
@@ -43,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(tensors: dict[str, Tensor]) -> list[Kernel]:
-    """All kernels among the tensors of :func:`shipping.torch_names.named_tensors`."""
+    """All kernels among a network's tensors."""
     return [
         _kernel(name, tensor.values)
         for name, tensor in tensors.items()
@@ -51,9 +52,9 @@ def kernels(tensors: dict[str, Tensor]) -> list[Kernel]:
     ]
 
 
-def print_table(console: Console, tensors: dict[str, Tensor]) -> None:
+def print_table(console: Console, network: Network) -> None:
     """Prints a row for each kernel."""
-    found = kernels(tensors)
+    found = kernels(named_tensors(network))
     count = sum(not kernel.problem for kernel in found)
     title = f"2:4 in PyTorch: {count} of {len(found)} kernels"
     table = Table(
