@@ -33,7 +33,7 @@ class Format(NamedTuple):
 
     Attributes:
         module: Of ``shipping``, with ``export(network, folder)``.
-        use: Python that runs ``{file}``, or loads it.
+        use: What runs ``{file}``, or loads it.
         compacts: Whether channels that do nothing can be left out.
     """
 
@@ -59,9 +59,25 @@ network = MNN.nn.load_module_from_file(
 given = MNN.expr.const(images, [*images.shape], MNN.expr.NCHW)
 logits = MNN.expr.convert(network.forward([given])[0], MNN.expr.NCHW).read()
 """
+RUN_JAX = """
+python {file} images.npy
+"""
+LOAD_TORCH = """
+import torch
+
+weights = torch.load("{file}", weights_only=True)
+"""
+LOAD_SAFETENSORS = """
+import safetensors.numpy
+
+weights = safetensors.numpy.load_file("{file}")
+"""
 FORMATS = {
+    "jax": Format("jax_program", RUN_JAX),
     "onnx": Format("onnx_file", RUN_ONNX, compacts=True),
     "mnn": Format("mnn_file", RUN_MNN, compacts=True),
+    "torch": Format("torch_file", LOAD_TORCH),
+    "safetensors": Format("safetensors_file", LOAD_SAFETENSORS),
 }
 
 
@@ -103,7 +119,16 @@ def export(
                     "folder with --out=..."
                 ) from None
     _print_written(console, written)
+    if "torch" in written and ":" in _pattern(network):
+        two_four = importlib.import_module("shipping.two_four")
+        two_four.print_table(console, network)
     return written
+
+
+def _pattern(network: Network) -> str:
+    """The pattern of the zeros that the run had, if it had one."""
+    settings = network.metadata.get("config", {})
+    return str(settings.get("sparsity", {}).get("pattern") or "")
 
 
 def _module(name: str, compacted: bool) -> Any:
