@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import onnx
 import pytest
-from networks import convolutional, drawn, tiny_network
+from shipped import drawn, of_model, of_transformer
 from training import tiny
 
 import export
@@ -36,17 +36,17 @@ def workdir(tmp_path_factory):
     shapes = jax.eval_shape(
         lambda: job.model.init(jax.random.key(0), images, train=False)
     )
-    networks = {"test": drawn(dict(shapes), np.random.default_rng(0))}
+    networks = {"test": jax.tree.map_with_path(drawn(np.random.default_rng(0)), shapes)}
     ship.write_networks(folder, job, networks, {"test_accuracy": 0.1})
     return folder
 
 
 @pytest.fixture
 def transformer_out(tmp_path):
-    network = tiny_network("transformer")
-    st3jax.save_sparse(
-        tmp_path / "model.st3", network.variables, metadata=network.metadata
-    )
+    shape = {"size": 8, "patch": 2, "width": 32, "layers": 2, "heads": 2, "seed": 0}
+    about = {"network": "transformer", "dataset": "digits", "model": shape}
+    variables = of_transformer().variables
+    st3jax.save_sparse(tmp_path / "model.st3", variables, metadata=about)
     return tmp_path
 
 
@@ -126,7 +126,7 @@ def test_mnn_tells_of_kernels_that_it_runs_dense():
 
 
 def test_multiply_adds_are_those_of_the_trace():
-    network = tiny_network("mobilenet_v1")
+    network = of_model("mobilenet_v1", 33, multiplier=0.125)
     costs = st3jax.multiply_adds(
         lambda params, images: network.apply(
             {**network.variables, "params": params}, images
@@ -146,7 +146,7 @@ def without_pads(padding):
 def test_a_wrong_model_is_not_written_and_its_first_difference_told(
     tmp_path, monkeypatch
 ):
-    network = convolutional("imagenet_resnet", depth=18)
+    network = of_model("imagenet_resnet", 33, depth=18, width=4)
     right = onnx_products.max_pool
 
     def wrong(graph, eqn, x):
@@ -170,12 +170,12 @@ def test_wrong_numbers_are_found_where_they_arise(tmp_path, monkeypatch):
 
     monkeypatch.setitem(primitives, "tanh", wrong)
     with pytest.raises(UserError, match=r"at blocks/up\.0/sigmoid.*'tanh'"):
-        onnx_file.export(tiny_network("transformer"), tmp_path)
+        onnx_file.export(of_transformer(), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
 def test_other_zeros_are_refused(tmp_path, monkeypatch):
-    network = tiny_network("cifar_resnet")
+    network = of_model("cifar_resnet", depth=8, width=8)
     right = onnx_file.write
 
     def wrong(network):
@@ -193,7 +193,7 @@ def test_other_zeros_are_refused(tmp_path, monkeypatch):
 
 
 def test_mnn_that_fails_is_told(tmp_path, monkeypatch):
-    network = tiny_network("cifar_resnet")
+    network = of_model("cifar_resnet", depth=8, width=8)
     broken = onnx.ModelProto()
     monkeypatch.setattr(
         mnn_file,

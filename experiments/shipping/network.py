@@ -104,7 +104,7 @@ def _convolutional(
     def apply(variables: Any, images: Any) -> Any:
         return model.apply(variables, images, train=False)
 
-    images = np.asarray(normalise(jnp.asarray(_test_images(config)), config))
+    images = np.array(normalise(jnp.asarray(_test_images(config)), config))
     return Network(config.model.name, apply, variables, images, metadata)
 
 

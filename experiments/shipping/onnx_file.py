@@ -15,7 +15,14 @@ from shipping.compact import compact
 from shipping.network import Network
 from shipping.onnx_writer import Written, write
 
-__all__ = ["Agreed", "Kernel", "agreed_model", "export", "kernels_of"]
+__all__ = [
+    "Agreed",
+    "Kernel",
+    "agreed_model",
+    "export",
+    "first_difference",
+    "kernels_of",
+]
 
 FAR = 10 * agreement.TOLERANCE
 """Relative error of a step that is more than rounding."""
@@ -93,7 +100,7 @@ def agreed_model(network: Network, compacted: bool) -> Agreed:
         first = str(wrong).strip().splitlines()[0]
         raise UserError(f"no valid ONNX model ({first}): nothing was written") from None
     except UserError as wrong:
-        raise UserError(f"{wrong}; {_first_difference(network)}") from None
+        raise UserError(f"{wrong}; {first_difference(network)}") from None
     if not compacted:
         return Agreed(written.model, zeros, error, ())
     smaller = compact(written.model)
@@ -159,7 +166,7 @@ def _check_zeros(written: Written, network: Network) -> int:
     return sum(counts[path] for path in own)
 
 
-def _first_difference(network: Network) -> str:
+def first_difference(network: Network) -> str:
     """Where the model first gives something else than JAX, step by step."""
     few = network._replace(images=network.images[:2])
     written = write(few, expecting=True)

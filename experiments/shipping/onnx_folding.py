@@ -287,6 +287,8 @@ def _as_two(graph: Graph, start: str, chain: list[Node], affine: _Affine) -> Non
 
     product, total = chain[-2], last
     product.op_type, total.op_type = "Mul", "Add"
+    product.output[0] = graph.unique(f"{place}/folded")  # another array than before
+    graph.shapes[product.output[0]] = graph.shapes[start]
     product.input[:] = [start, constant(affine.scale, "folded_scale")]
     total.input[:] = [product.output[0], constant(affine.shift, "folded_shift")]
     for each in chain[:-2]:
