@@ -39,11 +39,9 @@ from shipping.onnx_writer import to_onnx
 
 FOLDER = flags.DEFINE_string("folder", "runs/compaction", "Where the runs are.")
 
-DATA: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "digits": (digits_st3, (0, 1, 2)),
-    "fashion_mnist": (fashion_mnist_st3, (0,)),
-}
-"""The configurations, and their seeds."""
+SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each kind.", 1)
+
+DATA = {"digits": digits_st3, "fashion_mnist": fashion_mnist_st3}
 
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 BATCHES = (1, 64)
@@ -161,10 +159,10 @@ def markdown() -> str:
         f"{batches} |",
         "|---" * (5 + len(BATCHES)) + "|",
     ]
-    for data, (configuration, seeds) in DATA.items():
+    for data, configuration in DATA.items():
         for sparsity in SPARSITIES:
             networks = []
-            for seed in seeds:
+            for seed in range(SEEDS.value):
                 config = configuration.get_config()
                 config.seed, config.sparsity.final = seed, sparsity
                 name = f"{data}-{sparsity:g}-seed{seed}"
