@@ -90,5 +90,7 @@ def test_ratios_are_those_to_the_same_engine_and_to_the_best():
     assert "| MNN | dense | 1 | 60.00 | 60.00 | 1.00 | 0.67 |" in lines
     assert lines[-1].startswith("ResNet-50 is 2.00 times as fast as dense in ONNX")
     assert "90 % is the least that pays" in lines[-1]
-    lines = inference.table(group, [*dense, row("MNN", 0.8, 50.0)]).splitlines()
+    rows = [*dense, row("MNN", 0.8, 50.0), row("MNN", 0.98, "nan")]
+    lines = inference.table(group, rows).splitlines()
+    assert lines[-3] == "| MNN | 98 % | whole layers without weights | | | | |"
     assert lines[-1].startswith("Zeros make ResNet-50 no faster here than ONNX Runtime")

@@ -27,6 +27,7 @@ from engines import ENGINES, Run, convert_for_mnn
 from harness import run_main
 from inference_networks import DISTRIBUTIONS, NETWORKS, pruned, random_network
 
+import st3jax
 from shipping.network import Network
 from shipping.onnx_writer import to_onnx
 from workdir.files import draft_of
@@ -72,7 +73,7 @@ class Timed(NamedTuple):
         engine: Its name.
         sparsity: Share of zeros, or 0.
         file: What it has loaded.
-        run: Runs it.
+        run: Runs it; None if a layer has no weights left.
         cpu: Milliseconds of all threads together.
         wall: Milliseconds on the clock.
     """
@@ -80,7 +81,7 @@ class Timed(NamedTuple):
     engine: str
     sparsity: float
     file: pathlib.Path
-    run: Run
+    run: Run | None
     cpu: list[float]
     wall: list[float]
 
@@ -113,14 +114,20 @@ def dense_files(network: Network) -> tuple[pathlib.Path, pathlib.Path]:
 def sparse_file(network: Network, distribution: str, sparsity: float) -> pathlib.Path:
     """A pruned network's file of MNN, which agrees with ONNX Runtime; made if missing.
 
+    It is empty if a layer has no weights left, and the network gives nothing.
+
     Raises:
         RuntimeError: If it does not agree.
     """
     name = f"{network.name}-{distribution}-{sparsity:g}"
     path = pathlib.Path(RESULTS.value, f"{name}.mnn")
     if not path.exists():
+        sparse = pruned(network, sparsity, distribution)
+        if st3jax.summary(sparse.variables["params"]).vanished():
+            path.touch()
+            return path
         source = path.with_suffix(".onnx")
-        onnx.save(to_onnx(pruned(network, sparsity, distribution)), source)
+        onnx.save(to_onnx(sparse), source)
         with draft_of(path) as draft:
             convert_for_mnn(source, draft)
             expected = ENGINES["ONNX Runtime"](source, network.images, 1)
@@ -156,11 +163,12 @@ def prepared(group: Group) -> tuple[list[Timed], np.ndarray]:
         files.append(("MNN", sparsity, path))
     timed = []
     for engine, sparsity, file in files:
-        run = ENGINES[engine](file, images, group.threads)
+        whole = file.stat().st_size > 0
+        run = ENGINES[engine](file, images, group.threads) if whole else None
         timed.append(Timed(engine, sparsity, file, run, [], []))
-    for each in timed:
-        if not each.sparsity:
-            check(each.engine, each.run(images), timed[0].run(images))
+    results = [each.run(images) for each in timed if each.run and not each.sparsity]
+    for result in results:
+        check(f"an engine on {dense}", result, results[0])
     return timed, images
 
 
@@ -170,6 +178,8 @@ def measure(timed: list[Timed], images: np.ndarray) -> None:
     while rounds < LEAST_ROUNDS or time.monotonic() - started < SECONDS.value:
         rounds += 1
         for each in timed:
+            if each.run is None:
+                continue
             for _ in range(IN_A_ROW):
                 wall, cpu = time.perf_counter(), time.process_time()
                 each.run(images)
@@ -180,18 +190,24 @@ def measure(timed: list[Timed], images: np.ndarray) -> None:
 def rows_of(group: Group, timed: list[Timed]) -> Iterator[dict[str, Any]]:
     """The rows of a group."""
     for each in timed:
+        times = {"cpu_ms": each.cpu, "wall_ms": each.wall}
         yield {
             "processor": processor(),
             **group._asdict(),
             "sparsity": each.sparsity,
             "engine": each.engine,
             "file_mb": f"{each.file.stat().st_size / 1e6:.2f}",
-            "cpu_ms": f"{min(each.cpu):.2f}",
-            "cpu_ms_median": f"{np.median(each.cpu):.2f}",
-            "wall_ms": f"{min(each.wall):.2f}",
-            "wall_ms_median": f"{np.median(each.wall):.2f}",
+            **{k: f"{min(ms, default=np.nan):.2f}" for k, ms in times.items()},
+            **{
+                f"{k}_median": f"{np.median(ms or np.nan):.2f}"
+                for k, ms in times.items()
+            },
             "runs": len(each.cpu),
         }
+
+
+def _median(times: list[float]) -> str:
+    return f"{np.median(times or [np.nan]):.2f}"
 
 
 def table(group: Group, rows: list[dict[str, Any]]) -> str:
@@ -200,40 +216,38 @@ def table(group: Group, rows: list[dict[str, Any]]) -> str:
     Of one thread it is CPU time that counts, of more the clock.
     """
     kind = "cpu_ms" if group.threads == 1 else "wall_ms"
+    shares = [float(row["sparsity"]) for row in rows]
     least = [float(row[kind]) for row in rows]
-    dense = {row["engine"]: ms for row, ms in zip(rows, least, strict=True)
-             if not float(row["sparsity"])}  # fmt: skip
+    measured = list(zip(rows, shares, least, strict=True))
+    dense = {row["engine"]: ms for row, share, ms in measured if not share}
     best = min(dense, key=lambda engine: dense[engine])
-    clock = "CPU time" if group.threads == 1 else "on the clock"
     lines = [
         f"{group.network}, {group.distribution}, batch {group.batch}, "
-        f"{group.threads} thread{'s' * (group.threads > 1)}, {clock}, "
+        f"{group.threads} thread{'s' * (group.threads > 1)}, "
+        f"{'CPU time' if group.threads == 1 else 'on the clock'}, "
         f"{rows[0]['processor']}:",
         "",
         "| | zeros | file, MB | least ms | median ms | same engine | best dense |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row, ms in zip(rows, least, strict=True):
-        share = float(row["sparsity"])
+    for row, share, ms in measured:
+        name = f"| {row['engine']} | {f'{100 * share:g} %' if share else 'dense'} | "
+        if np.isnan(ms):
+            lines.append(f"{name}whole layers without weights | | | | |")
+            continue
         lines.append(
-            f"| {row['engine']} | {f'{100 * share:g} %' if share else 'dense'} "
-            f"| {row['file_mb']} | {ms:.2f} | {float(row[kind + '_median']):.2f} "
+            f"{name}{row['file_mb']} | {ms:.2f} | {float(row[kind + '_median']):.2f} "
             f"| {dense[row['engine']] / ms:.2f} | {dense[best] / ms:.2f} |"
         )
-    gains = {
-        float(row["sparsity"]): dense[best] / ms
-        for row, ms in zip(rows, least, strict=True)
-        if float(row["sparsity"])
-    }
-    lines += ["", sentence(group, gains, best)]
-    return "\n".join(lines)
+    gains = {share: dense[best] / ms for _, share, ms in measured if share and ms > 0}
+    return "\n".join([*lines, "", sentence(group, gains, best)])
 
 
 def sentence(group: Group, gains: dict[float, float], best: str) -> str:
-    """What a group's ratios mean."""
-    top = max(gains, key=lambda share: gains[share])
+    """What a group's ratios to the best dense engine mean."""
+    top = max(gains, key=lambda share: gains[share], default=0.0)
     what = "multiply-adds" if group.distribution == "costs" else "weights"
-    if gains[top] <= 1:
+    if gains.get(top, 0.0) <= 1:
         return f"Zeros make {group.network} no faster here than {best} runs it dense."
     pays = min(share for share, gain in gains.items() if gain > 1)
     return (
