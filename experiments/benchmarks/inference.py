@@ -26,6 +26,7 @@ from absl import flags
 from engines import ENGINES, Run, convert_for_mnn
 from harness import run_main
 from inference_networks import DISTRIBUTIONS, NETWORKS, pruned, random_network
+from inference_tables import Group, overview, table
 
 import st3jax
 from shipping.network import Network
@@ -48,22 +49,6 @@ FIELDS = (
     "processor", "network", "batch", "threads", "distribution", "sparsity", "engine",
     "file_mb", "cpu_ms", "cpu_ms_median", "wall_ms", "wall_ms_median", "runs",
 )  # fmt: skip
-
-
-class Group(NamedTuple):
-    """Rows that are measured in turn, and compared.
-
-    Attributes:
-        network: One of ``NETWORKS``.
-        distribution: One of ``DISTRIBUTIONS``.
-        batch: Images at once.
-        threads: Of each engine.
-    """
-
-    network: str
-    distribution: str
-    batch: int
-    threads: int
 
 
 class Timed(NamedTuple):
@@ -210,53 +195,6 @@ def _median(times: list[float]) -> str:
     return f"{np.median(times or [np.nan]):.2f}"
 
 
-def table(group: Group, rows: list[dict[str, Any]]) -> str:
-    """The rows of a group as a table in Markdown, and one sentence on what they mean.
-
-    Of one thread it is CPU time that counts, of more the clock.
-    """
-    kind = "cpu_ms" if group.threads == 1 else "wall_ms"
-    shares = [float(row["sparsity"]) for row in rows]
-    least = [float(row[kind]) for row in rows]
-    measured = list(zip(rows, shares, least, strict=True))
-    dense = {row["engine"]: ms for row, share, ms in measured if not share}
-    best = min(dense, key=lambda engine: dense[engine])
-    lines = [
-        f"{group.network}, {group.distribution}, batch {group.batch}, "
-        f"{group.threads} thread{'s' * (group.threads > 1)}, "
-        f"{'CPU time' if group.threads == 1 else 'on the clock'}, "
-        f"{rows[0]['processor']}:",
-        "",
-        "| | zeros | file, MB | least ms | median ms | same engine | best dense |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, share, ms in measured:
-        name = f"| {row['engine']} | {f'{100 * share:g} %' if share else 'dense'} | "
-        if np.isnan(ms):
-            lines.append(f"{name}whole layers without weights | | | | |")
-            continue
-        lines.append(
-            f"{name}{row['file_mb']} | {ms:.2f} | {float(row[kind + '_median']):.2f} "
-            f"| {dense[row['engine']] / ms:.2f} | {dense[best] / ms:.2f} |"
-        )
-    gains = {share: dense[best] / ms for _, share, ms in measured if share and ms > 0}
-    return "\n".join([*lines, "", sentence(group, gains, best)])
-
-
-def sentence(group: Group, gains: dict[float, float], best: str) -> str:
-    """What a group's ratios to the best dense engine mean."""
-    top = max(gains, key=lambda share: gains[share], default=0.0)
-    what = "multiply-adds" if group.distribution == "costs" else "weights"
-    if gains.get(top, 0.0) <= 1:
-        return f"Zeros make {group.network} no faster here than {best} runs it dense."
-    pays = min(share for share, gain in gains.items() if gain > 1)
-    return (
-        f"{group.network} is {gains[top]:.2f} times as fast as dense in {best}, the "
-        f"fastest dense engine, with {100 * top:g} % of its {what} zero; of those that "
-        f"were measured, {100 * pays:g} % is the least that pays."
-    )
-
-
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows that are there."""
     if not path.exists():
@@ -305,6 +243,7 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(RESULTS.value, "inference.csv")
     print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {}
     for group in groups():
         rows = rows_there(path, group)
         if not rows:
@@ -312,7 +251,9 @@ def main(argv: list[str]) -> None:
             measure(timed, images)
             rows = list(rows_of(group, timed))
             append(path, rows)
+        measured[group] = rows
         print(table(group, rows), "\n", flush=True)
+    print(overview(measured))
 
 
 if __name__ == "__main__":
