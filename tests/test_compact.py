@@ -1,14 +1,22 @@
 """Networks without their dead channels: smaller, and the same."""
 
+import functools
+
 import hypothesis
+import jax
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from flax import nnx
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+import transformer
+from models import MODELS
 from shipping.compact import compact
+from shipping.network import Network
+from shipping.onnx_writer import to_onnx
 
 
 def make(nodes, arrays, image, outputs):
@@ -30,17 +38,17 @@ def outputs(model, images):
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"image": images})[0]
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
-def check_same(model, images):
+def check_same(model, images, multiple=1):
     """Compacts, and holds the result against what was there; returns all of it."""
-    compacted = compact(model)
+    compacted = compact(model, multiple)
     expected, found = outputs(model, images), outputs(compacted.model, images)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-7
     assert all(0 not in x.dims for x in compacted.model.graph.initializer)
-    again = compact(compacted.model)
+    again = compact(compacted.model, multiple)
     assert again.weights[0] == again.weights[1] == compacted.weights[1]
     return compacted
 
@@ -104,10 +112,55 @@ def test_one_channel_stays_where_all_are_dead():
     assert sizes(found) == [(2, 1), (1, 3)]
 
 
-def test_what_is_not_finite_is_no_constant():
+@pytest.mark.parametrize("function", ["Relu", None])
+def test_what_is_not_finite_is_no_constant(function):
     nodes, arrays = two_layers(bias=(np.inf, np.nan, 1, 1))
-    found = compact(make(nodes, arrays, (2, 6, 6), ["n", 3, 4, 4]))
+    if function is None:
+        nodes = [nodes[0], helper.make_node("Conv", ["h", "w2"], ["y"])]
+    found = compact(make(nodes, arrays, (2, 6, 6), ["n", 3, 4, 4]), multiple=1)
     assert sizes(found) == [(2, 4), (4, 3)]
+
+
+def test_what_differs_from_place_to_place_is_no_constant():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "up": rng_array(rng, 4, 3),
+        "places": rng_array(rng, 5, 3),
+        "down": rng_array(rng, 3, 4),
+        "bias": rng_array(rng, 4),
+    }
+    arrays["up"][:, :2] = 0
+    arrays["places"][:, 0] = 2
+    nodes = [
+        helper.make_node("MatMul", ["image", "up"], ["h"]),
+        helper.make_node("Add", ["places", "h"], ["a"]),
+        helper.make_node("MatMul", ["a", "down"], ["d"]),
+        helper.make_node("Add", ["d", "bias"], ["y"]),
+    ]
+    found = check_same(
+        make(nodes, arrays, (5, 4), ["n", 5, 4]), rng_array(rng, 3, 5, 4)
+    )
+    assert sizes(found) == [(4, 2), (2, 4)]
+
+
+def test_a_constant_that_no_bias_takes_stays():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "up": rng_array(rng, 4, 3),
+        "bias": np.array([1, 0, 1], np.float32),
+        "down": rng_array(rng, 3, 4),
+    }
+    arrays["up"][:, :2] = 0
+    nodes = [
+        helper.make_node("MatMul", ["image", "up"], ["h"]),
+        helper.make_node("Add", ["h", "bias"], ["a"]),
+        helper.make_node("MatMul", ["a", "down"], ["d"]),
+        helper.make_node("Tanh", ["d"], ["y"]),
+    ]
+    found = check_same(
+        make(nodes, arrays, (5, 4), ["n", 5, 4]), rng_array(rng, 3, 5, 4)
+    )
+    assert sizes(found) == [(4, 2), (2, 4)]
 
 
 def test_the_output_keeps_all_its_channels():
@@ -146,6 +199,28 @@ def test_residual_channels_go_only_together():
     # Nobody reads channel 3 but the branch.
     found = check_same(residual([], [], [True, True, True, False]), IMAGES)
     assert sizes(found) == [(2, 4), (4, 4), (4, 3)]
+
+
+def test_numbers_of_channels_are_rounded_up():
+    """By channels that do nothing, also where two layers must agree."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "stem": rng_array(rng, 10, 2, 1, 1),
+        "branch": rng_array(rng, 10, 10, 3, 3),
+        "head": rng_array(rng, 3, 10, 1, 1),
+    }
+    arrays["stem"][:5], arrays["branch"][:5] = 0, 0
+    nodes = [
+        helper.make_node("Conv", ["image", "stem"], ["s"]),
+        helper.make_node("Conv", ["s", "branch"], ["b"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["b", "s"], ["z"]),
+        helper.make_node("Conv", ["z", "head"], ["y"]),
+    ]
+    model = make(nodes, arrays, (2, 6, 6), ["n", 3, 6, 6])
+    for multiple, kept in ((1, 5), (4, 8), (6, 6), (8, 8), (16, 10)):
+        found = check_same(model, IMAGES, multiple)
+        assert sizes(found) == [(2, kept), (kept, kept), (kept, 3)]
+    assert compact(model).weights == compact(model, multiple=4).weights
 
 
 def test_a_branch_that_is_constant_is_gone():
@@ -205,6 +280,8 @@ def test_hidden_units_of_a_transformer(gelu):
         "down_bias": rng_array(rng, 4),
     }
     arrays["up"][:, :3] = 0
+    arrays["up_bias"][:3] = -2.5, 1, 2.5
+    arrays["down"][:3] = 10
     arrays["down"][7] = 0
     nodes = [
         helper.make_node("MatMul", ["image", "up"], ["h"]),
@@ -315,7 +392,7 @@ def test_channels_at_a_barrier_stay(barrier):
     nodes.append(helper.make_node("Add", ["h", "s"], ["z"]))
     nodes.append(helper.make_node("Conv", ["z", "w2"], ["y"]))
     model = make(nodes, arrays, (2, 6, 6), ["n", 3, 6, 6])
-    assert sizes(compact(model))[0] == (2, 4)
+    assert sizes(compact(model, multiple=1))[0] == (2, 4)
 
 
 def test_weights_that_two_layers_share_are_cut_for_one():
@@ -393,10 +470,56 @@ def drawn_network(rng, blocks):
 BLOCKS = st.sampled_from(["plain", "depthwise", "grouped", "norm", "pool"])
 
 
-@hypothesis.given(st.integers(0, 2**32 - 1), st.lists(BLOCKS, min_size=1, max_size=4))
+@hypothesis.given(
+    st.integers(0, 2**32 - 1),
+    st.lists(BLOCKS, min_size=1, max_size=4),
+    st.sampled_from([1, 2, 4]),
+)
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_any_network_stays_the_same(seed, blocks):
+def test_any_network_stays_the_same(seed, blocks, multiple):
     model = drawn_network(np.random.default_rng(seed), blocks)
-    found = check_same(model, IMAGES)
+    found = check_same(model, IMAGES, multiple)
     assert found.weights[1] <= found.weights[0]
     assert found.multiply_adds[1] <= found.multiply_adds[0]
+
+
+def networks():
+    """Small ones of this project, as their exports take them."""
+    for name, options in (
+        ("cifar_resnet", {"depth": 8, "width": 8}),
+        ("mobilenet_v1", {"multiplier": 0.25}),
+        ("wide_resnet", {"depth": 10, "widen": 1}),
+    ):
+        model = MODELS[name](num_classes=10, **options)
+        init = functools.partial(model.init, train=False)
+        images = rng_array(np.random.default_rng(0), 3, 32, 32, 3)
+        shapes = jax.eval_shape(init, jax.random.key(0), images)
+        apply = functools.partial(model.apply, train=False)
+        yield pytest.param(Network(name, apply, shapes, images, {}), id=name)
+    model = nnx.eval_shape(lambda: transformer.ViT(8, 2, 16, 2, 2, seed=0))
+    graph, shapes = nnx.split(model)
+    images = rng_array(np.random.default_rng(0), 3, 8, 8)
+    yield pytest.param(
+        Network("vit", lambda v, x: nnx.merge(graph, v)(x), shapes, images, {}),
+        id="vit",
+    )
+
+
+@pytest.mark.parametrize("network", list(networks()))
+def test_networks_of_this_project(network):
+    """With 40 % of the outputs of kernels dead, they are smaller and the same."""
+    rng = np.random.default_rng(0)
+
+    def drawn(path, leaf):
+        if "mean" in str(path[-1]) or "bias" in str(path):
+            return 0.1 * rng_array(rng, *leaf.shape) - 0.1
+        if "var" in str(path[-1]) or "scale" in str(path):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        weights = rng_array(rng, *leaf.shape) * (leaf.size / leaf.shape[-1]) ** -0.5
+        return (weights * (rng.random(leaf.shape[-1]) < 0.6)).astype(np.float32)
+
+    variables = jax.tree.map_with_path(drawn, network.variables)
+    model = to_onnx(network._replace(variables=variables))
+    found = check_same(model, network.images)
+    assert found.weights[1] < 0.85 * found.weights[0]
+    assert found.multiply_adds[1] < 0.85 * found.multiply_adds[0]

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))  # the folder is no package
 inference = importlib.import_module("inference")
 engines = importlib.import_module("engines")
 networks = importlib.import_module("inference_networks")
+tables = importlib.import_module("inference_tables")
 
 
 class Tiny(nn.Module):
@@ -82,13 +83,18 @@ def row(engine, sparsity, ms):
 
 
 def test_ratios_are_those_to_the_same_engine_and_to_the_best():
-    group = inference.Group("ResNet-50", "global", batch=1, threads=1)
+    group = tables.Group("ResNet-50", "global", batch=1, threads=1)
     dense = [row("ONNX Runtime", 0.0, 40.0), row("MNN", 0.0, 60.0)]
     rows = [*dense, row("MNN", 0.8, 50.0), row("MNN", 0.9, 20.0)]
-    lines = inference.table(group, rows).splitlines()
+    lines = tables.table(group, rows).splitlines()
     assert "| MNN | 90 % | 1 | 20.00 | 20.00 | 3.00 | 2.00 |" in lines
     assert "| MNN | dense | 1 | 60.00 | 60.00 | 1.00 | 0.67 |" in lines
     assert lines[-1].startswith("ResNet-50 is 2.00 times as fast as dense in ONNX")
     assert "90 % is the least that pays" in lines[-1]
-    lines = inference.table(group, [*dense, row("MNN", 0.8, 50.0)]).splitlines()
+    rows = [*dense, row("MNN", 0.8, 50.0), row("MNN", 0.98, "nan")]
+    lines = tables.table(group, rows).splitlines()
+    assert lines[-3] == "| MNN | 98 % | whole layers without weights | | | | |"
     assert lines[-1].startswith("Zeros make ResNet-50 no faster here than ONNX Runtime")
+    assert tables.overview({group: rows}).splitlines()[-1] == (
+        "| ResNet-50, global, batch 1 | ONNX Runtime 40.0 | 50.0, **0.80** | none |"
+    )

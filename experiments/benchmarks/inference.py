@@ -26,7 +26,9 @@ from absl import flags
 from engines import ENGINES, Run, convert_for_mnn
 from harness import run_main
 from inference_networks import DISTRIBUTIONS, NETWORKS, pruned, random_network
+from inference_tables import Group, overview, table
 
+import st3jax
 from shipping.network import Network
 from shipping.onnx_writer import to_onnx
 from workdir.files import draft_of
@@ -49,22 +51,6 @@ FIELDS = (
 )  # fmt: skip
 
 
-class Group(NamedTuple):
-    """Rows that are measured in turn, and compared.
-
-    Attributes:
-        network: One of ``NETWORKS``.
-        distribution: One of ``DISTRIBUTIONS``.
-        batch: Images at once.
-        threads: Of each engine.
-    """
-
-    network: str
-    distribution: str
-    batch: int
-    threads: int
-
-
 class Timed(NamedTuple):
     """Something to run, and how long each run took.
 
@@ -72,7 +58,7 @@ class Timed(NamedTuple):
         engine: Its name.
         sparsity: Share of zeros, or 0.
         file: What it has loaded.
-        run: Runs it.
+        run: Runs it; None if a layer has no weights left.
         cpu: Milliseconds of all threads together.
         wall: Milliseconds on the clock.
     """
@@ -80,7 +66,7 @@ class Timed(NamedTuple):
     engine: str
     sparsity: float
     file: pathlib.Path
-    run: Run
+    run: Run | None
     cpu: list[float]
     wall: list[float]
 
@@ -113,14 +99,20 @@ def dense_files(network: Network) -> tuple[pathlib.Path, pathlib.Path]:
 def sparse_file(network: Network, distribution: str, sparsity: float) -> pathlib.Path:
     """A pruned network's file of MNN, which agrees with ONNX Runtime; made if missing.
 
+    It is empty if a layer has no weights left, and the network gives nothing.
+
     Raises:
         RuntimeError: If it does not agree.
     """
     name = f"{network.name}-{distribution}-{sparsity:g}"
     path = pathlib.Path(RESULTS.value, f"{name}.mnn")
     if not path.exists():
+        sparse = pruned(network, sparsity, distribution)
+        if st3jax.summary(sparse.variables["params"]).vanished():
+            path.touch()
+            return path
         source = path.with_suffix(".onnx")
-        onnx.save(to_onnx(pruned(network, sparsity, distribution)), source)
+        onnx.save(to_onnx(sparse), source)
         with draft_of(path) as draft:
             convert_for_mnn(source, draft)
             expected = ENGINES["ONNX Runtime"](source, network.images, 1)
@@ -156,11 +148,12 @@ def prepared(group: Group) -> tuple[list[Timed], np.ndarray]:
         files.append(("MNN", sparsity, path))
     timed = []
     for engine, sparsity, file in files:
-        run = ENGINES[engine](file, images, group.threads)
+        whole = file.stat().st_size > 0
+        run = ENGINES[engine](file, images, group.threads) if whole else None
         timed.append(Timed(engine, sparsity, file, run, [], []))
-    for each in timed:
-        if not each.sparsity:
-            check(each.engine, each.run(images), timed[0].run(images))
+    results = [each.run(images) for each in timed if each.run and not each.sparsity]
+    for result in results:
+        check(f"an engine on {dense}", result, results[0])
     return timed, images
 
 
@@ -170,6 +163,8 @@ def measure(timed: list[Timed], images: np.ndarray) -> None:
     while rounds < LEAST_ROUNDS or time.monotonic() - started < SECONDS.value:
         rounds += 1
         for each in timed:
+            if each.run is None:
+                continue
             for _ in range(IN_A_ROW):
                 wall, cpu = time.perf_counter(), time.process_time()
                 each.run(images)
@@ -180,67 +175,24 @@ def measure(timed: list[Timed], images: np.ndarray) -> None:
 def rows_of(group: Group, timed: list[Timed]) -> Iterator[dict[str, Any]]:
     """The rows of a group."""
     for each in timed:
+        times = {"cpu_ms": each.cpu, "wall_ms": each.wall}
         yield {
             "processor": processor(),
             **group._asdict(),
             "sparsity": each.sparsity,
             "engine": each.engine,
             "file_mb": f"{each.file.stat().st_size / 1e6:.2f}",
-            "cpu_ms": f"{min(each.cpu):.2f}",
-            "cpu_ms_median": f"{np.median(each.cpu):.2f}",
-            "wall_ms": f"{min(each.wall):.2f}",
-            "wall_ms_median": f"{np.median(each.wall):.2f}",
+            **{k: f"{min(ms, default=np.nan):.2f}" for k, ms in times.items()},
+            **{
+                f"{k}_median": f"{np.median(ms or np.nan):.2f}"
+                for k, ms in times.items()
+            },
             "runs": len(each.cpu),
         }
 
 
-def table(group: Group, rows: list[dict[str, Any]]) -> str:
-    """The rows of a group as a table in Markdown, and one sentence on what they mean.
-
-    Of one thread it is CPU time that counts, of more the clock.
-    """
-    kind = "cpu_ms" if group.threads == 1 else "wall_ms"
-    least = [float(row[kind]) for row in rows]
-    dense = {row["engine"]: ms for row, ms in zip(rows, least, strict=True)
-             if not float(row["sparsity"])}  # fmt: skip
-    best = min(dense, key=lambda engine: dense[engine])
-    clock = "CPU time" if group.threads == 1 else "on the clock"
-    lines = [
-        f"{group.network}, {group.distribution}, batch {group.batch}, "
-        f"{group.threads} thread{'s' * (group.threads > 1)}, {clock}, "
-        f"{rows[0]['processor']}:",
-        "",
-        "| | zeros | file, MB | least ms | median ms | same engine | best dense |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, ms in zip(rows, least, strict=True):
-        share = float(row["sparsity"])
-        lines.append(
-            f"| {row['engine']} | {f'{100 * share:g} %' if share else 'dense'} "
-            f"| {row['file_mb']} | {ms:.2f} | {float(row[kind + '_median']):.2f} "
-            f"| {dense[row['engine']] / ms:.2f} | {dense[best] / ms:.2f} |"
-        )
-    gains = {
-        float(row["sparsity"]): dense[best] / ms
-        for row, ms in zip(rows, least, strict=True)
-        if float(row["sparsity"])
-    }
-    lines += ["", sentence(group, gains, best)]
-    return "\n".join(lines)
-
-
-def sentence(group: Group, gains: dict[float, float], best: str) -> str:
-    """What a group's ratios mean."""
-    top = max(gains, key=lambda share: gains[share])
-    what = "multiply-adds" if group.distribution == "costs" else "weights"
-    if gains[top] <= 1:
-        return f"Zeros make {group.network} no faster here than {best} runs it dense."
-    pays = min(share for share, gain in gains.items() if gain > 1)
-    return (
-        f"{group.network} is {gains[top]:.2f} times as fast as dense in {best}, the "
-        f"fastest dense engine, with {100 * top:g} % of its {what} zero; of those that "
-        f"were measured, {100 * pays:g} % is the least that pays."
-    )
+def _median(times: list[float]) -> str:
+    return f"{np.median(times or [np.nan]):.2f}"
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -291,6 +243,7 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(RESULTS.value, "inference.csv")
     print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {}
     for group in groups():
         rows = rows_there(path, group)
         if not rows:
@@ -298,7 +251,9 @@ def main(argv: list[str]) -> None:
             measure(timed, images)
             rows = list(rows_of(group, timed))
             append(path, rows)
+        measured[group] = rows
         print(table(group, rows), "\n", flush=True)
+    print(overview(measured))
 
 
 if __name__ == "__main__":
