@@ -54,7 +54,7 @@ from job.steps import (
     train_step,
 )
 from models.layers import BATCH_AXIS
-from workdir import checkpoints, report, ship
+from workdir import checkpoints, histograms, report, ship
 from workdir.claim import FREE, claim_workdir
 from workdir.lock import only_run
 from workdir.monitor import Monitor
@@ -292,6 +292,7 @@ def _train_and_evaluate(
     state = jax_utils.replicate(state, axis_name=BATCH_AXIS)
     programs = compile_programs(job.model, config)
     names = finite_names(state)
+    last_raw = histograms.recorded_after(job)
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
 
     def test(step: int) -> dict[str, float]:
@@ -323,6 +324,9 @@ def _train_and_evaluate(
             recent.append(metrics)
             last, stops = step == steps, asked_to_stop(step)
             saves = last or stops or step % checkpoint_steps == 0
+            if step == last_raw:
+                check_here()
+                histograms.record(workdir, job, jax_utils.unreplicate(state))
 
             if saves or step % config.log_every_steps == 0:
                 means = summarise(recent, step, names, config)

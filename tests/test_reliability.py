@@ -507,7 +507,7 @@ def test_a_disk_without_room_for_files_ends_the_run_at_once(
     assert "No space left on device" in told or "File too large" in told
 
 
-@pytest.mark.parametrize("name", ["report.json", "course.png", "layers.png"])
+@pytest.mark.parametrize("name", ["report.json", "course.png", "report.html"])
 def test_a_report_that_cannot_be_written_is_told_and_made_the_next_time(
     undisturbed, overrides, tmp_path, name
 ):

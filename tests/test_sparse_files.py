@@ -567,7 +567,7 @@ CRAFTED = {
     "frame of no size": (leaf(block=UNKNOWN), SAYS),
     "frame that skips": (
         leaf(block=b"\x50\x2a\x4d\x18\x40\0\0\0" + bytes(64)),
-        "the block of 'x'",
+        "the block of 'x' is damaged: it is no frame of zstd",
     ),
     "bomb": (leaf(block=BOMB), SAYS),
     "bomb that says less": (

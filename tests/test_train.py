@@ -83,12 +83,30 @@ def test_the_run_leaves_figures_and_logs(finished):
     workdir, report = finished
     for name in ("course.png", "layers.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    page = (workdir / "report.html").read_text()
+    assert f"{report['weights']:,} kernel weights exactly zero" in page
     assert list((workdir / "tensorboard").iterdir())
     rows = read_metrics(workdir)
     tests = [row for row in rows if "test_accuracy" in row]
     assert [row["step"] for row in tests] == [22, 44, 66]
     assert tests[-1]["test_accuracy"] == report["test_accuracy"]
     assert {"train_loss", "train_accuracy", "images_per_second"} <= rows[0].keys()
+
+
+def test_raw_and_effective_weights_are_recorded_before_the_mask_is_fixed(finished):
+    workdir, report = finished
+    found = json.loads((workdir / "histograms.json").read_text())
+    kernels = found["kernels"]
+    assert found["step"] == report["fine_tuning_begins"] - 1 == 43
+    assert kernels.keys() == report["layers"].keys()
+    assert sum(kernel["zeros"] for kernel in kernels.values()) == zeros(report)
+    (threshold,) = {t for kernel in kernels.values() for t in kernel["thresholds"]}
+    assert threshold > 0
+    for path, kernel in kernels.items():
+        assert kernel["weights"] == report["layers"][path]["weights"]
+        assert sum(kernel["raw"]) >= 0.99 * kernel["weights"] - 2
+        left = kernel["weights"] - kernel["zeros"]
+        assert 0.98 * left - 2 <= sum(kernel["effective"]) <= left
 
 
 def train_and_interrupt(config, workdir, monkeypatch):
@@ -116,7 +134,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
     expected_step, expected = last_state(finished[0])
     assert step == expected_step == 66
     assert same_bits(state, expected)
-    assert report["test_accuracy"] == finished[1]["test_accuracy"]
+    assert report == finished[1]
+    for name in ("report.json", "histograms.json"):
+        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
     rows = read_metrics(tmp_path)
     undisturbed = read_metrics(finished[0])
     assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]

@@ -13,6 +13,7 @@ from st3jax.stored.header import Leaf, shown
 __all__ = ["as_dense", "as_sparse", "bits_of", "packed", "unpacked", "zstandard"]
 
 LEVEL = 3  # of zstd
+FRAME = b"\x28\xb5\x2f\xfd"  # begins one that is not skipped
 CHUNK = 2**14  # bytes of a mask that are taken apart at once
 
 
@@ -120,6 +121,8 @@ def unpacked(leaf: Leaf, block: bytes) -> tuple[np.ndarray | None, np.ndarray]:
 def _decompressed(leaf: Leaf, block: bytes, length: int) -> bytes:
     """A block's content; memory is taken for the length that is expected alone."""
     library, where = zstandard(), shown(leaf.path)
+    if not block.startswith(FRAME):
+        raise ValueError(f"the block of {where} is damaged: it is no frame of zstd")
     try:
         if library.get_frame_parameters(block).content_size != length:
             raise ValueError(f"the block of {where} says that it is of another length")

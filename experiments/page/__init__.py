@@ -1,0 +1,1 @@
+"""The page that a run leaves: everything that is worth sharing, in one file."""

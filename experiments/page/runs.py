@@ -1,0 +1,86 @@
+"""What a finished run has left in its workdir, for the page to show."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from errors import UserError
+from workdir.files import cause
+from workdir.monitor import read_metrics
+
+__all__ = ["HISTOGRAMS", "LATENCY", "REPORT", "Run", "read_run"]
+
+REPORT, HISTOGRAMS, LATENCY = "report.json", "histograms.json", "latency.json"
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        name: Of its folder.
+        report: What ``report.json`` holds.
+        rows: Those of ``metrics.jsonl``.
+        histograms: What ``histograms.json`` holds; empty if there is none.
+        latency: What ``latency.json`` holds; empty if there is none.
+        files: From the name of a file to ship to its size, bytes.
+    """
+
+    name: str
+    report: dict[str, Any]
+    rows: list[dict[str, float]]
+    histograms: dict[str, Any]
+    latency: dict[str, Any]
+    files: dict[str, int]
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """The run that a workdir holds.
+
+    Raises:
+        UserError: If none has come to its end there, or a file is damaged.
+    """
+    try:
+        if not (workdir / REPORT).exists():
+            raise UserError(
+                f"{workdir} holds no finished run: it has no {REPORT}, which "
+                "experiments/train.py leaves there at the end"
+            )
+        return Run(
+            name=workdir.resolve().name,
+            report=_object(workdir / REPORT),
+            rows=read_metrics(workdir),
+            histograms=_object(workdir / HISTOGRAMS),
+            latency=_object(workdir / LATENCY),
+            files=_sizes(workdir),
+        )
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be read ({cause(error)})") from error
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+    if path.name != REPORT and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(errors="replace"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: {remedy(path.name)}")
+    return content
+
+
+def remedy(name: str) -> str:
+    """What to do about a damaged file."""
+    if name == REPORT:
+        return "the command that trained the run, given again, writes it anew"
+    return "move it away, and the page is made without it"
+
+
+def _sizes(workdir: pathlib.Path) -> dict[str, int]:
+    """The files of the network, and all that was exported."""
+    found = [*sorted(workdir.glob("model*.*")), *sorted(workdir.glob("export/**/*"))]
+    return {
+        path.relative_to(workdir).as_posix(): path.stat().st_size
+        for path in found
+        if path.is_file() and path.suffix != ".draft"
+    }
