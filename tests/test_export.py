@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 def workdir(tmp_path_factory):
     """A folder as a run on digits leaves it, with a network of random weights."""
     folder = tmp_path_factory.mktemp("run")
-    job = build(tiny(**{"model.dtype": "bfloat16"}))
+    job = build(tiny(**{"model.dtype": "bfloat16", "model.width": 8}))
     claim_workdir(folder, job.config)
     images = np.zeros((1, 8, 8, 1))
     shapes = jax.eval_shape(
@@ -52,7 +52,7 @@ def transformer_out(tmp_path):
 
 def test_a_run_is_read_with_its_images(workdir):
     network = read_network(workdir)
-    job = build(tiny())
+    job = build(tiny(**{"model.width": 8}))
     example = job.data.test[2]["image"].astype(np.float32)
     mean, std = job.config.data.mean[0], job.config.data.std[0]
     np.testing.assert_allclose(
@@ -100,7 +100,9 @@ def test_a_compact_network_is_smaller_and_the_same(workdir, tmp_path):
     path = workdir / "model.st3"
     before = path.read_bytes()
     tree, header = st3jax.load_sparse(path), st3jax.read_header(path)
-    tree["params"]["stage1_block1_conv1"]["kernel"][..., 0] = 0.0  # nothing is made
+    tree["params"]["stage1_block1_conv1"]["kernel"][..., :4] = 0.0
+    tree["params"]["stage1_block1_norm1"]["bias"][:4] = -1.0
+    tree["batch_stats"]["stage1_block1_norm1"]["mean"][:4] = 0.0
     st3jax.save_sparse(path, tree, metadata=header["metadata"])
     try:
         small = export.export(workdir, ["onnx", "mnn"], tmp_path, compacted=True)
