@@ -15,6 +15,7 @@ def of_model(name, size=8, channels=3, sparsity=0.5, **options):
     model = MODELS[name](num_classes=10, **options)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((4, size, size, channels), np.float32)
+    images.setflags(write=False)  # as those of JAX are
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.asarray(images), train=False)
     )

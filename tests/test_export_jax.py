@@ -58,6 +58,7 @@ def test_it_says_what_was_found(network, exported):
     leaves = jax.tree.leaves(network.variables)
     assert exported.zeros == sum(int(np.sum(leaf == 0)) for leaf in leaves) > 500
     assert exported.error <= 1e-5
+    assert jax.__version__ in exported.notes[0]
     assert [path.name for path in exported.paths] == [*jax_program.FILES]
     assert sorted(exported.paths[0].parent.glob(".*")) == []
 

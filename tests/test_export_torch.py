@@ -281,7 +281,7 @@ def two_four_network():
 def test_the_kernels_of_a_2_4_network_are_2_4_in_pytorch_and_convert():
     tensors = torch_names.named_tensors(two_four_network())
     found = {kernel.name: kernel for kernel in two_four.kernels(tensors)}
-    assert found.pop("patches.weight").problem == "a convolution"
+    assert found.pop("patches.weight").problem == "convolution"
     assert found.pop("head.weight").problem == "its sides"
     assert len(found) == 12
     assert all(kernel.taken["cuSPARSELt"] for kernel in found.values())
@@ -310,7 +310,7 @@ def test_the_kernels_of_a_2_4_network_are_2_4_in_pytorch_and_convert():
     [
         ((64, 64), "oi", "256 of 1,024 fours"),
         ((64, 62), "oi", "its inputs"),
-        ((64, 64, 3, 3), "oiww", "a convolution"),
+        ((64, 64, 3, 3), "oiww", "convolution"),
         ((24, 64), "oi", "its sides"),
     ],
 )

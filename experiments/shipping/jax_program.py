@@ -51,7 +51,8 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
         found = logits(draft, network.images)
         expected = agreement.expected_logits(network)
         error = agreement.check_logits("the program", found, expected)
-    return agreement.Exported([folder / name for name in FILES], zeros, error)
+    note = f"the program runs in JAX {jax.__version__} and newer ones"
+    return agreement.Exported([folder / name for name in FILES], zeros, error, (note,))
 
 
 def program(network: Network) -> bytes:

@@ -66,7 +66,7 @@ def _who_takes_it(network: Network) -> str:
 
 def logits(network: Network, weights: dict[str, torch.Tensor]) -> np.ndarray | None:
     """What PyTorch computes of the network's images, if it has the network."""
-    images = torch.from_numpy(network.images)
+    images = torch.tensor(network.images)
     if images.ndim == 4:
         images = images.permute(0, 3, 1, 2)
     with torch.inference_mode():

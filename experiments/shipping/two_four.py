@@ -62,7 +62,6 @@ def print_table(console: Console, network: Network) -> None:
         caption="half: float16 or bfloat16; fours: with 3 or 4 non-zeros",
         title_justify="left",
         caption_justify="left",
-        pad_edge=False,
     )
     table.add_column("kernel", overflow="fold")
     for heading in ("shape", *LIBRARIES, "why not"):
@@ -88,7 +87,7 @@ def _kernel(name: str, values: np.ndarray) -> Kernel:
 def _misfit(values: np.ndarray) -> str:
     """Why a kernel is no 2:4 matrix, if it is none."""
     if values.ndim != 2:
-        return "a convolution"
+        return "convolution"
     if values.shape[1] % 4:
         return "its inputs"
     counts = np.count_nonzero(values.reshape(-1, 4), axis=1)
