@@ -118,8 +118,8 @@ def test_a_compact_network_is_smaller_and_the_same(workdir, tmp_path):
 
 def test_mnn_tells_of_kernels_that_it_runs_dense():
     kernels = [
-        onnx_file.Kernel("stem/kernel", 10, 5, 300),
-        onnx_file.Kernel("head/kernel", 10, 6, 100),
+        onnx_file.Kernel("stem/kernel", 10, 6, 300),
+        onnx_file.Kernel("head/kernel", 10, 7, 100),
     ]
     (sentence,) = mnn_file.dense_kernels(kernels)
     assert "1 of 2 kernels dense" in sentence

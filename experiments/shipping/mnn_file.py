@@ -1,4 +1,4 @@
-"""``model.mnn``: for MNN, which runs kernels faster that are 60 % zeros or more."""
+"""``model.mnn``: for MNN, which runs kernels faster with more than 60 % zeros."""
 
 import os
 import pathlib
@@ -17,8 +17,8 @@ from shipping.onnx_file import Kernel, agreed_model, kernels_of
 
 __all__ = ["export"]
 
-SPARSE_FROM = 0.6
-"""Share of zeros from which on MNN runs a kernel sparse."""
+SPARSE_ABOVE = 0.6
+"""Share of zeros above which MNN runs a kernel sparse."""
 
 
 def export(
@@ -45,14 +45,14 @@ def export(
 
 def dense_kernels(kernels: list[Kernel]) -> tuple[str, ...]:
     """A sentence about kernels that MNN runs dense, if there are any."""
-    dense = [x for x in kernels if x.zeros < SPARSE_FROM * x.weights]
+    dense = [x for x in kernels if x.zeros <= SPARSE_ABOVE * x.weights]
     if not dense:
         return ()
     share = sum(x.multiply_adds for x in dense) / sum(x.multiply_adds for x in kernels)
     names = ", ".join(x.name.removesuffix("/kernel") for x in dense[:3])
     return (
-        f"MNN runs {len(dense)} of {len(kernels)} kernels dense, as less than "
-        f"{SPARSE_FROM:.0%} of their weights are zero ({names}"
+        f"MNN runs {len(dense)} of {len(kernels)} kernels dense, as no more than "
+        f"{SPARSE_ABOVE:.0%} of their weights are zero ({names}"
         f"{', ...' if len(dense) > 3 else ''}): they have {share:.0%} of all "
         "multiply-adds",
     )
