@@ -13,6 +13,7 @@ import st3jax
 import transformer
 from models.mobilenet import mobilenet_v1
 from models.resnet import imagenet_resnet
+from paths import by_path
 from shipping.network import Network
 
 __all__ = ["DISTRIBUTIONS", "NETWORKS", "pruned", "random_network"]
@@ -46,12 +47,24 @@ def _linen(name: str, model: nn.Module) -> Network:
 
 
 def _transformer() -> Network:
-    """The one of ``transformer.py``: 6 layers of width 192, patches of 16 pixels."""
+    """The one of ``transformer.py``: 6 layers of width 192, patches of 16 pixels.
+
+    All its kernels are of one scale, as it says that they have to begin.
+    """
     model = transformer.ViT(SIZE, patch=16, width=192, layers=6, heads=3, seed=0)
     graph, weights = nnx.split(model)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, SIZE, SIZE)).astype(np.float32)
-    variables = {"params": jax.device_get(nnx.to_pure_dict(weights))}
+
+    def drawn(path: str, leaf: jax.Array) -> np.ndarray:
+        if not st3jax.is_kernel(path, leaf):
+            return np.asarray(leaf)
+        return 0.06 * rng.standard_normal(leaf.shape).astype(np.float32)
+
+    names = by_path(nnx.to_pure_dict(weights))
+    leaves = [drawn(path, leaf) for path, leaf in names.items()]
+    structure = jax.tree.structure(nnx.to_pure_dict(weights))
+    variables = {"params": jax.tree.unflatten(structure, leaves)}
 
     def apply(variables: Any, images: Any) -> Any:
         state = nnx.clone(weights)
