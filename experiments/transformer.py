@@ -77,14 +77,14 @@ class ViT(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits ``[B, 10]`` of images ``[B, size, size]``."""
         x = self.patches(images[..., None])
-        x = x.reshape(len(x), -1, x.shape[-1]) + self.places
+        x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.places
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def through(block: Block, x: jax.Array) -> jax.Array:
             return block(x)
 
         x = self.norm(through(self.blocks, x))
-        return self.head(x.reshape(len(x), -1))
+        return self.head(x.reshape(x.shape[0], -1))
 
 
 def make_optimizer(

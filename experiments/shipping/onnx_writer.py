@@ -1,0 +1,284 @@
+"""From a network in JAX to an ONNX model: one walk over the traced computation.
+
+What does not depend on the images is computed on the way, calls are written where they
+stand, and a scan over stacked layers becomes its layers. The batch is symbolic, so the
+model takes any. Names are those of the parameters.
+
+Why a writer of our own: jax2onnx 0.17 drops the explicit padding of max-pooling without
+a word, annotates arrays with wrong shapes, and cannot be installed beside today's
+Orbax. These networks need some 30 primitives.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+import onnx
+
+from errors import UserError
+from paths import by_path
+from shipping.network import Network
+from shipping.onnx_folding import fold
+from shipping.onnx_graph import Graph, Known, Tensor, Value, shape_of
+from shipping.onnx_primitives import PRIMITIVES
+
+__all__ = ["Written", "to_onnx", "write"]
+
+OPSET, IR_VERSION = 20, 10
+CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_lin"),
+)
+"""Primitives that only call what is inside."""
+
+
+class Written(NamedTuple):
+    """A model, and what is what in it.
+
+    Attributes:
+        model: The ONNX model.
+        sources: From the name of an initializer to the path of the variable that it
+            holds, or holds one layer of.
+        steps: What was computed, in order: the primitive and the array that it gave.
+    """
+
+    model: onnx.ModelProto
+    sources: dict[str, str]
+    steps: list[tuple[str, Tensor]]
+
+
+def to_onnx(network: Network) -> onnx.ModelProto:
+    """The network as an ONNX model, from ``images`` [batch, ...] to ``logits``.
+
+    BatchNorm is folded into convolutions, zeros are exact and positive, and what passes
+    is what ``onnx.checker`` lets through.
+
+    Raises:
+        UserError: If ONNX has nothing for a primitive, or the batch goes other ways
+            than through the network.
+    """
+    model = write(network).model
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def write(network: Network, expecting: bool = False) -> Written:
+    """The network as an ONNX model, with what is what in it.
+
+    Args:
+        network: What to write.
+        expecting: Whether each step has what JAX computes for ``network.images``. The
+            model is then for a batch of their number.
+
+    Raises:
+        UserError: As ``to_onnx`` does.
+    """
+    variables = by_path(network.variables)
+    (batch,) = jax.export.symbolic_shape("b")
+    count = len(network.images) if expecting else batch
+    images = jax.ShapeDtypeStruct((count, *network.images.shape[1:]), np.float32)
+    walk = _Walk()
+    with jax.default_matmul_precision("highest"):
+        traced = jax.make_jaxpr(network.apply)(network.variables, images)
+        shape = shape_of(images)
+        given = Tensor("images", shape, tuple(range(len(shape))))
+        if expecting:
+            given = given._replace(expected=network.images)
+        walk.graph.unique("images")
+        walk.graph.unique("logits")
+        walk.graph.shapes["images"] = shape
+        arguments: list[Value] = [
+            Known(np.asarray(x), _plain(path), path) for path, x in variables.items()
+        ]
+        (result,) = walk.inside(traced, [*arguments, given])
+    graph = walk.graph
+    graph.place = ""
+    end = fold(graph, graph.ordered(result, range(len(result_shape(result)))))
+    for node in graph.nodes:
+        node.input[:] = ["logits" if x == end else x for x in node.input]
+        node.output[:] = ["logits" if x == end else x for x in node.output]
+    steps = [
+        (what, x._replace(name="logits") if x.name == end else x)
+        for what, x in walk.steps
+    ]
+    model = _model(graph, network, shape, result_shape(result))
+    return Written(model, graph.sources, steps)
+
+
+def result_shape(result: Value) -> tuple[int | str, ...]:
+    """Of what a network gives.
+
+    Raises:
+        UserError: If that does not depend on its images.
+    """
+    if isinstance(result, Known):
+        raise UserError("the network gives the same for all images: nothing to export")
+    return result.shape
+
+
+def _plain(path: str) -> str:
+    """A parameter's path, without the collection that it is in."""
+    for collection in ("params/", "batch_stats/"):
+        path = path.removeprefix(collection)
+    return path
+
+
+def _model(
+    graph: Graph,
+    network: Network,
+    images: tuple[int | str, ...],
+    logits: tuple[int | str, ...],
+) -> onnx.ModelProto:
+    """The model of a graph."""
+
+    def described(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+        sizes = ["batch" if isinstance(n, str) else n for n in shape]
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
+
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            graph.nodes,
+            network.name,
+            [described("images", images)],
+            [described("logits", logits)],
+            [onnx.numpy_helper.from_array(x, k) for k, x in graph.constants.items()],
+        ),
+        producer_name="st3jax",
+        ir_version=IR_VERSION,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+    )
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in network.metadata.items()
+    }
+    onnx.helper.set_model_props(model, texts)
+    return model
+
+
+class _Walk:
+    """What one walk has found.
+
+    Attributes:
+        graph: What has been written.
+        steps: As in ``Written``.
+    """
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.steps: list[tuple[str, Tensor]] = []
+
+    def inside(self, closed: Any, given: list[Value]) -> list[Value]:
+        """Writes a jaxpr, and gives its results."""
+        jaxpr = getattr(closed, "jaxpr", closed)
+        known: dict[Any, Value] = {
+            variable: Known(np.asarray(array))
+            for variable, array in zip(
+                jaxpr.constvars, getattr(closed, "consts", []), strict=True
+            )
+        }
+        known.update(zip(jaxpr.invars, given, strict=True))
+
+        def value(atom: Any) -> Value:
+            if isinstance(atom, jex.Var):
+                return known[atom]
+            return Known(np.asarray(atom.val, atom.aval.dtype))
+
+        for eqn in jaxpr.eqns:
+            results = self.equation(eqn, list(map(value, eqn.invars)))
+            known.update(zip(eqn.outvars, results, strict=True))
+        return list(map(value, jaxpr.outvars))
+
+    def equation(self, eqn: jex.JaxprEqn, given: list[Value]) -> list[Value]:
+        """What one equation gives, with all that is inside it."""
+        name = eqn.primitive.name
+        if name == "scan":
+            return self.scan(eqn, given)
+        if name in CALLS:
+            return self.inside(
+                eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), given
+            )
+        if all(isinstance(x, Known) for x in given):
+            return self.known(eqn, given)
+        self.graph.place = self.place(given)
+        if name not in PRIMITIVES:
+            raise self.unknown(eqn, f"{name!r}")
+        try:
+            result = PRIMITIVES[name](self.graph, eqn, *given)
+        except NotImplementedError as error:
+            raise self.unknown(eqn, f"{error} ({name!r})") from None
+        if any(isinstance(x, Tensor) and x.expected is not None for x in given):
+            values = [x.array if isinstance(x, Known) else x.expected for x in given]
+            result = result._replace(expected=_computed(eqn, values)[0])
+        self.steps.append((name, result))
+        return [result]
+
+    def place(self, given: Iterable[Value]) -> str:
+        """Where in the network an equation is: at its parameters, or after others."""
+        paths = [x.path for x in given if isinstance(x, Known) and x.path]
+        return paths[0].rpartition("/")[0] if paths else self.graph.place
+
+    def unknown(self, eqn: jex.JaxprEqn, what: str) -> UserError:
+        """What to say of an equation that cannot be written."""
+        after = f" at or after {self.graph.place!r}" if self.graph.place else ""
+        stack = str(eqn.source_info.name_stack)
+        return UserError(
+            f"the export to ONNX does not know {what}, which the network has{after}"
+            f"{f' (in {stack})' if stack else ''}: PRIMITIVES in "
+            "experiments/shipping/onnx_primitives.py has those that it knows"
+        )
+
+    def known(self, eqn: jex.JaxprEqn, given: list[Any]) -> list[Value]:
+        """What does not depend on the images is computed at once."""
+        if any(isinstance(n, str) for x in eqn.outvars for n in shape_of(x.aval)):
+            raise self.unknown(
+                eqn, f"a constant with the batch's size ({eqn.primitive.name!r})"
+            )
+        path = next((x.path for x in given if x.path), "")
+        moves = eqn.primitive.name in ("reshape", "transpose", "squeeze")
+        source = given[0].source if moves else ""
+        results = _computed(eqn, [x.array for x in given])
+        return [Known(np.asarray(result), path, source) for result in results]
+
+    def scan(self, eqn: jex.JaxprEqn, given: list[Value]) -> list[Value]:
+        """Its turns, one after the other."""
+        params = eqn.params
+        if "ft_in" in params:  # JAX 0.11 and newer
+            consts, carried, _ = map(len, params["ft_in"].unpack())
+        else:
+            consts, carried = params["num_consts"], params["num_carry"]
+        carry, stacked = given[consts : consts + carried], given[consts + carried :]
+        if not all(isinstance(x, Known) for x in stacked):
+            raise self.unknown(eqn, "a 'scan' over what depends on the images")
+        turns = range(params["length"])
+        outputs: list[list[Value]] = []
+        for turn in reversed(turns) if params["reverse"] else turns:
+            layer = [_layer(x, turn) for x in stacked]
+            results = self.inside(params["jaxpr"], [*given[:consts], *carry, *layer])
+            carry = results[:carried]
+            outputs.append(results[carried:])
+        if params["reverse"]:
+            outputs.reverse()
+        return [*carry, *(self.stack(eqn, each) for each in zip(*outputs, strict=True))]
+
+    def stack(self, eqn: jex.JaxprEqn, turns: tuple[Value, ...]) -> Value:
+        """What all turns of a scan gave."""
+        arrays = [x.array for x in turns if isinstance(x, Known)]
+        if len(arrays) < len(turns):
+            raise self.unknown(eqn, "a 'scan' that keeps activations")
+        return Known(np.stack(arrays))
+
+
+def _layer(stacked: Any, turn: int) -> Known:
+    """One layer of what is stacked, with its number in the path."""
+    module, slash, leaf = stacked.path.rpartition("/")
+    path = f"{module}.{turn}{slash}{leaf}" if stacked.path else ""
+    return Known(stacked.array[turn], path, stacked.source)
+
+
+def _computed(eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """What JAX computes."""
+    results = eqn.primitive.bind(*values, **eqn.params)
+    return results if eqn.primitive.multiple_results else [results]
