@@ -80,7 +80,7 @@ def test_torchvision_computes_the_same_with_the_tensors_of_a_resnet_18(tmp_path)
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     model = torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(weights, strict=True)
-    images = torch.from_numpy(network.images).permute(0, 3, 1, 2)
+    images = torch.tensor(network.images).permute(0, 3, 1, 2)
     with torch.inference_mode():
         logits = model.eval()(images).numpy()
     agreement.check_logits("it", logits, agreement.expected_logits(network))
