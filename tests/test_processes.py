@@ -136,6 +136,8 @@ def test_replicas_in_two_processes_are_the_same_bits(of_two):
     assert fingerprints(first)[-1] == fingerprints(second)[-1]
     assert "test accuracy" in first
     assert "test accuracy" not in second
+    assert "the network to ship has" in first
+    assert (of_two[0] / "model.st3").exists()
 
 
 def test_two_processes_end_where_one_with_four_devices_does(of_two, tmp_path, data_dir):

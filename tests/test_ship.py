@@ -28,7 +28,7 @@ NETWORKS = {"model": "test", "model_ema": "ema_test"}
 
 @pytest.fixture(scope="module")
 def settings(overrides):
-    """Thresholds to the end, so that raw weights are none to ship; averages, too."""
+    """A short run, with moving averages."""
     fields = {"num_epochs": 1, "defaults.common.fine_tune_epochs": 0, "ema_decay": 0.9}
     return tiny(**overrides | fields | {"defaults.common.sparsity.end_epoch": 0.5})
 
