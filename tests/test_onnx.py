@@ -280,6 +280,7 @@ def test_an_unknown_primitive_is_named_with_its_place():
     ("apply", "words"),
     [
         (lambda v, x: x + jnp.zeros(x.shape), "batch's size"),
+        (lambda v, x: x * len(x), "write x.shape.0. for len"),
         (lambda v, x: v["w0"], "the same for all images"),
         (lambda v, x: lax.reduce_window(
             x, -jnp.inf, lax.max, (1, 3), (1, 1), "VALID"), "pooling over"),

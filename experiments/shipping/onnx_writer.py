@@ -10,6 +10,7 @@ Orbax. These networks need some 30 primitives.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 import onnx
+from jax import export as jax_export
 
 from errors import UserError
 from paths import by_path
 from shipping.network import Network
 from shipping.onnx_folding import fold
-from shipping.onnx_graph import Graph, Known, Tensor, Value, shape_of
+from shipping.onnx_graph import Graph, Known, Shape, Tensor, Value, shape_of
 from shipping.onnx_primitives import PRIMITIVES
 
 __all__ = ["Written", "to_onnx", "write"]
@@ -30,7 +32,7 @@ __all__ = ["Written", "to_onnx", "write"]
 OPSET, IR_VERSION = 20, 10
 CALLS = (
     *("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_lin"),
+    *("custom_jvp_call", "custom_vjp_call"),
 )
 """Primitives that only call what is inside."""
 
@@ -53,12 +55,12 @@ class Written(NamedTuple):
 def to_onnx(network: Network) -> onnx.ModelProto:
     """The network as an ONNX model, from ``images`` [batch, ...] to ``logits``.
 
-    BatchNorm is folded into convolutions, zeros are exact and positive, and what passes
-    is what ``onnx.checker`` lets through.
+    BatchNorm is folded into convolutions, zeros are exact and positive, and
+    ``onnx.checker`` has checked all that it can.
 
     Raises:
-        UserError: If ONNX has nothing for a primitive, or the batch goes other ways
-            than through the network.
+        UserError: If there is nothing in ONNX for what the network does, or it takes
+            no batch of any size.
     """
     model = write(network).model
     onnx.checker.check_model(model, full_check=True)
@@ -76,27 +78,55 @@ def write(network: Network, expecting: bool = False) -> Written:
     Raises:
         UserError: As ``to_onnx`` does.
     """
-    variables = by_path(network.variables)
-    (batch,) = jax.export.symbolic_shape("b")
+    (batch,) = jax_export.symbolic_shape("b")
     count = len(network.images) if expecting else batch
     images = jax.ShapeDtypeStruct((count, *network.images.shape[1:]), np.float32)
+    shape = shape_of(images)
+    given = Tensor("images", shape, tuple(range(len(shape))))
+    if expecting:
+        given = given._replace(expected=network.images)
     walk = _Walk()
+    walk.graph.shapes["images"] = shape
+    for name in ("images", "logits"):
+        walk.graph.unique(name)
     with jax.default_matmul_precision("highest"):
-        traced = jax.make_jaxpr(network.apply)(network.variables, images)
-        shape = shape_of(images)
-        given = Tensor("images", shape, tuple(range(len(shape))))
-        if expecting:
-            given = given._replace(expected=network.images)
-        walk.graph.unique("images")
-        walk.graph.unique("logits")
-        walk.graph.shapes["images"] = shape
-        arguments: list[Value] = [
-            Known(np.asarray(x), _plain(path), path) for path, x in variables.items()
-        ]
-        (result,) = walk.inside(traced, [*arguments, given])
+        (result,) = walk.inside(
+            _traced(network, images), [*_parameters(network), given]
+        )
+    if isinstance(result, Known):
+        raise UserError("the network gives the same for all images: nothing to export")
+    return _finished(walk, network, shape, result)
+
+
+def _traced(network: Network, images: jax.ShapeDtypeStruct) -> jex.ClosedJaxpr:
+    """The network's computation.
+
+    Raises:
+        UserError: If it is not one for any batch.
+    """
+    try:
+        return jax.make_jaxpr(network.apply)(network.variables, images)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise UserError(
+            "the network cannot take a batch of any size: "
+            f"{str(error).splitlines()[0]}; write x.shape[0] for len(x), and -1 or the "
+            "number itself where a shape is computed from it"
+        ) from error
+
+
+def _parameters(network: Network) -> list[Value]:
+    """The variables, each with its path, without the collection that it is in."""
+    return [
+        Known(np.asarray(x), re.sub("^(params|batch_stats)/", "", path), path)
+        for path, x in by_path(network.variables).items()
+    ]
+
+
+def _finished(walk: "_Walk", network: Network, shape: Shape, result: Tensor) -> Written:
+    """The model of what was walked through, whose result is ``logits``."""
     graph = walk.graph
     graph.place = ""
-    end = fold(graph, graph.ordered(result, range(len(result_shape(result)))))
+    end = fold(graph, graph.ordered(result, range(len(result.shape))))
     for node in graph.nodes:
         node.input[:] = ["logits" if x == end else x for x in node.input]
         node.output[:] = ["logits" if x == end else x for x in node.output]
@@ -104,37 +134,19 @@ def write(network: Network, expecting: bool = False) -> Written:
         (what, x._replace(name="logits") if x.name == end else x)
         for what, x in walk.steps
     ]
-    model = _model(graph, network, shape, result_shape(result))
+    model = _model(graph, network, shape, result.shape)
     return Written(model, graph.sources, steps)
-
-
-def result_shape(result: Value) -> tuple[int | str, ...]:
-    """Of what a network gives.
-
-    Raises:
-        UserError: If that does not depend on its images.
-    """
-    if isinstance(result, Known):
-        raise UserError("the network gives the same for all images: nothing to export")
-    return result.shape
-
-
-def _plain(path: str) -> str:
-    """A parameter's path, without the collection that it is in."""
-    for collection in ("params/", "batch_stats/"):
-        path = path.removeprefix(collection)
-    return path
 
 
 def _model(
     graph: Graph,
     network: Network,
-    images: tuple[int | str, ...],
-    logits: tuple[int | str, ...],
+    images: Shape,
+    logits: Shape,
 ) -> onnx.ModelProto:
     """The model of a graph."""
 
-    def described(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+    def described(name: str, shape: Shape) -> onnx.ValueInfoProto:
         sizes = ["batch" if isinstance(n, str) else n for n in shape]
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
 
