@@ -109,9 +109,9 @@ def test_an_ended_run_writes_the_same_bytes_again(ended, settings, capsys):
     for name, what in (("model", "the network"), ("model_ema", "the moving average")):
         compact, dense = (len(before[f"{name}.{x}"]) for x in ("st3", "safetensors"))
         assert (
-            f"{what} to ship has {compact:,} bytes in {workdir / name}.st3, "
-            f"{dense / compact:.1f} times fewer than dense, {dense:,} in "
-            f"{name}.safetensors\n"
+            f"{what} to ship: {workdir / name}.st3, {compact:,} bytes, "
+            f"{dense / compact:.1f} times smaller than dense ({name}.safetensors, "
+            f"{dense:,})\n"
         ) in said
 
 

@@ -14,6 +14,7 @@ import st3jax
 from job.build import Job
 from workdir.claim import FREE
 from workdir.files import draft_of, writing
+from workdir.surroundings import versions
 
 __all__ = ["write_networks"]
 
@@ -64,9 +65,9 @@ def write_networks(
                 draft.write_bytes(contents)
         what = "the moving average" if network == "ema_test" else "the network"
         told.append(
-            f"{what} to ship has {size:,} bytes in {escape(str(compact))}, "
-            f"[bold]{len(contents) / size:.1f}[/] times fewer than dense, "
-            f"{len(contents):,} in {dense.name}"
+            f"{what} to ship: {escape(str(compact))}, {size:,} bytes, "
+            f"[bold]{len(contents) / size:.1f}[/] times smaller than dense "
+            f"({dense.name}, {len(contents):,})"
         )
     return told
 
@@ -88,11 +89,7 @@ def _metadata(job: Job, params: Any, accuracy: float) -> dict[str, Any]:
         "sparsity": int(summary.zeros) / summary.weights,
         "test_accuracy": accuracy,
         "config": settings,
-        "versions": {
-            "st3jax": st3jax.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-        },
+        "versions": versions(),
     }
 
 
