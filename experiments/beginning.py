@@ -36,4 +36,8 @@ def _told(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     del trace
-    print(f"error: {kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    hint = ""
+    if kind is ModuleNotFoundError:
+        hint = ": pip install -e '.[experiments]' installs what the experiments need"
+    text = " ".join(str(error).split())
+    print(f"error: {kind.__name__}: {text}{hint}", file=sys.stderr)

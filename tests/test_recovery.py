@@ -213,6 +213,13 @@ def test_a_kill_leaves_a_whole_configuration_or_none(tmp_path, monkeypatch):
         claim_workdir(tmp_path, tiny())
 
 
+def test_the_network_of_another_program_is_no_workdir(tmp_path):
+    (tmp_path / "model.st3").write_text("of transformer.py")
+    with pytest.raises(UserError, match=r"a network of another program, model\.st3"):
+        claim_workdir(tmp_path, tiny())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.st3"]
+
+
 def test_metrics_survive_a_kill_at_any_byte_and_at_the_next_start(
     tmp_path, monkeypatch
 ):

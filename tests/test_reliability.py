@@ -751,6 +751,20 @@ def test_ctrl_c_is_told_while_modules_are_imported():
     assert told == "\nstopped at once: the same command goes on from the last save\n"
 
 
+def test_what_is_not_installed_is_told_in_a_line():
+    code = "import sys; sys.modules['flax'] = None; import beginning; beginning.tell()"
+    experiments = pathlib.Path(train.__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; import flax"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(experiments)},
+    )
+    assert "pip install -e '.[experiments]' installs what" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_a_worker_that_is_stuck_keeps_no_run_that_is_stopped(tmp_path):
     class_folders(tmp_path / "data")
     fields = {

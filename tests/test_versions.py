@@ -1,7 +1,10 @@
 """The ranges of setup.cfg and the versions that are tested, which are to agree."""
 
 import configparser
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -46,3 +49,17 @@ def test_pins_are_of_every_requirement_and_within_its_range(name):
     for package, specifiers in required().items():
         assert pins[package] in specifiers
     assert pins["jax"] == pins["jaxlib"]
+
+
+def test_a_script_beside_the_clone_imports_the_library(tmp_path):
+    (tmp_path / "st3jax").mkdir()  # what a clone is called
+    (tmp_path / "script.py").write_text("import st3jax; print(st3jax.__file__)")
+    run = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert run.stdout.strip() == str(ROOT / "st3jax" / "__init__.py")

@@ -32,6 +32,11 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
             if path.exists() and not path.is_file():  # some are never read to an end
                 raise UserError(f"{path} is no ordinary file: move it away")
         if not claim.exists():
+            if (workdir / "model.st3").exists():
+                raise UserError(
+                    f"the workdir {workdir} holds a network of another program, "
+                    "model.st3: choose another with --workdir=..."
+                )
             replace_file(claim, settings)
         with (workdir / "metrics.jsonl").open("a"):
             pass
