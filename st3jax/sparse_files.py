@@ -111,9 +111,9 @@ def load_sparse(
 
     Args:
         path: The file.
-        sparse: ``"bcoo"`` for leaves of two or more axes that are stored with a mask
-            as :class:`jax.experimental.sparse.BCOO`, ``"bcsr"`` for those of two axes
-            as :class:`jax.experimental.sparse.BCSR`; all others are dense.
+        sparse: ``"bcoo"`` for leaves of numbers and two or more axes that are stored
+            with a mask as :class:`jax.experimental.sparse.BCOO`, ``"bcsr"`` for those
+            of two axes as :class:`jax.experimental.sparse.BCSR`; others are dense.
         max_bytes: How many bytes the arrays may take together, as dense ones, and with
             the places of their values as sparse ones. By default 1 GiB, or 1,000 times
             the file's size where that is more. Loading takes up to four times the
@@ -205,7 +205,7 @@ def _telling(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _kind(leaf: Leaf, sparse: str | None) -> str | None:
     """How a leaf is loaded where some are loaded sparse."""
-    axes = 0 if leaf.kept is None else len(leaf.shape)
+    axes = 0 if leaf.kept is None or leaf.dtype == bool else len(leaf.shape)
     return sparse if axes == 2 or (axes > 2 and sparse == "bcoo") else None
 
 
@@ -280,16 +280,16 @@ def _letters_of(
 ) -> dict[tuple[str, ...], str]:
     """The layouts that somebody has told, by the names of their leaves."""
     check_layout(layout)
-    paths = {"/".join(names): names for names, x in leaves.items() if x is not None}
+    paths = [("/".join(names), names) for names, x in leaves.items() if x is not None]
     for pattern in as_mapping(layout) or {}:
-        if all(said_of(path, {pattern: ""}) is None for path in paths):
-            listed = ", ".join(repr(path) for path in list(paths)[:3])
+        if all(said_of(path, {pattern: ""}) is None for path, _ in paths):
+            listed = ", ".join(repr(path) for path, _ in paths[:3])
             raise ValueError(
                 f"the path {pattern!r} of layout matches no leaf: there are {listed} "
                 "and others"
             )
     found = {}
-    for path, names in paths.items():
+    for path, names in paths:
         letters = said_of(path, layout)
         if letters is not None and len(letters) != np.ndim(leaves[names]):
             raise ValueError(

@@ -18,7 +18,7 @@ import export
 import st3jax
 from errors import UserError
 from job.build import build
-from shipping import mnn_file, onnx_file, onnx_products
+from shipping import agreement, mnn_file, onnx_file, onnx_products
 from shipping.network import read_network
 from workdir import ship
 from workdir.claim import claim_workdir
@@ -65,6 +65,19 @@ def test_a_run_is_read_with_its_images(workdir):
     assert exact is None  # as it was
     expected = job.model.apply(network.variables, network.images, train=False)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("apply", "words"),
+    [
+        (lambda v, x: x.mean((1, 2)) / 0, "itself gives numbers that are not finite"),
+        (lambda v, x: (x, x), "gives a tuple, and an export has one array"),
+    ],
+)
+def test_a_network_that_is_none_is_told(workdir, apply, words):
+    network = read_network(workdir)._replace(apply=apply)
+    with pytest.raises(UserError, match=words):
+        agreement.expected_logits(network)
 
 
 def test_every_format_of_a_run(workdir, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import pathlib
 import re
 import subprocess
@@ -253,9 +254,9 @@ def test_safetensors_have_the_same_names_and_bits_and_need_no_pytorch(
     with safetensors.safe_open(exported.paths[0], "np") as file:
         metadata = file.metadata()
     read = safetensors.numpy.load_file(exported.paths[0])
-    assert metadata["network"] == "cifar_resnet"
-    assert metadata["format"] == "pt"
-    assert '"depth": 8' in metadata["config"]
+    told = json.loads(metadata["st3jax"])
+    assert told["network"] == "cifar_resnet"
+    assert told["config"]["model"]["depth"] == 8
     assert {*read} == {*theirs}
     for name, array in read.items():
         assert array.tobytes() == theirs[name].numpy().tobytes(), name

@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +269,14 @@ def test_products_of_activations(equation, transposed):
     assert found.count("Transpose") <= transposed
 
 
+def test_what_is_computed_again_or_never_used():
+    def apply(variables, x):
+        x.reshape(x.shape[0], -1).reshape(x.shape)
+        return jax.checkpoint(lambda x: jnp.tanh(x * variables["w0"]))(x)
+
+    check(layer(apply, 3, 4, weights=[(4,)]))
+
+
 def test_an_unknown_primitive_is_named_with_its_place():
     def apply(variables, x):
         return jnp.cumsum(x * variables["w0"], axis=1)
@@ -285,6 +294,11 @@ def test_an_unknown_primitive_is_named_with_its_place():
         (lambda v, x: lax.reduce_window(
             x, -jnp.inf, lax.max, (1, 3), (1, 1), "VALID"), "pooling over"),
         (lambda v, x: lax.scan(lambda c, y: (c, y), 0.0, x.T)[1], "'scan'"),
+        (lambda v, x: x - x.mean(0), "batch's size"),
+        (lambda v, x: x + jax.random.normal(jax.random.key(0), (4,)), "a random key"),
+        (lambda v, x: (x, x * v["w0"]), "2 arrays, and an export has one"),
+        (lambda v, x: nn.max_pool(
+            x[..., None], (2,), (2,), [(2, 2)]), "padding alone"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_a_sentence(apply, words):

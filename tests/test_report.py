@@ -23,6 +23,7 @@ import st3jax
 from errors import UserError
 from page.drawing import outline
 from page.latency import measure_latency
+from page.runs import exported
 from page.write import write_page
 from workdir import histograms
 from workdir.channels import dead_channels
@@ -482,6 +483,21 @@ def recorded(workdir, tx, params, method="st3", pattern=""):
     state = SimpleNamespace(step=1, params=params, opt_state=opt_state)
     histograms.record(workdir, job, state)
     return json.loads((workdir / "histograms.json").read_text())
+
+
+def test_what_is_not_finite_is_in_no_bin():
+    raw = np.float32([np.nan, np.inf, 1, -2])
+    found = histograms._histogram(raw, np.where(raw == 1, 0, raw))
+    assert (sum(found["raw"]), sum(found["effective"]), found["zeros"]) == (2, 1, 1)
+    nothing = histograms._histogram(raw[:2], raw[:2])
+    assert sum(nothing["raw"] + nothing["effective"]) == 0
+
+
+def test_half_done_exports_are_no_files(tmp_path):
+    (tmp_path / "export" / ".draft-x").mkdir(parents=True)
+    for name in ("model.onnx", ".draft-x/model.onnx"):
+        (tmp_path / "export" / name).write_text("")
+    assert [path.parent.name for path in exported(tmp_path)] == ["export"]
 
 
 def test_histograms_are_of_raw_and_of_effective_weights(tmp_path):

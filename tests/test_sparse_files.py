@@ -205,6 +205,19 @@ def test_layouts_as_the_model_tells_them(path):
     assert "layout" not in by_path["bias"]
 
 
+def test_a_view_of_other_bytes_as_truth_values(path):
+    bytes_of_old = np.array([0, 1, 2, 255], np.uint8).view(bool)
+    st3jax.save_sparse(path, {"mask": bytes_of_old})
+    assert st3jax.load_sparse(path)["mask"].tolist() == [False, True, True, True]
+
+
+def test_a_layout_reaches_every_path_that_reads_the_same(path):
+    tree = {"a/b": np.eye(3), "a": {"b": np.eye(4)}}
+    st3jax.save_sparse(path, tree, layout={"a/b": "io"})
+    leaves = st3jax.read_header(path)["leaves"]
+    assert [leaf["layout"] for leaf in leaves] == ["io", "io"]
+
+
 # As sparse arrays of JAX.
 
 
@@ -217,6 +230,7 @@ def test_leaves_as_sparse_arrays(path):
         ),
         "window": rng.integers(0, 9, (3, 3, 4, 5)) * (rng.random((3, 3, 4, 5)) > 0.7),
         "zeros": np.zeros((7, 3), np.float16),
+        "truth": np.eye(40, dtype=bool),
         "vector": np.zeros(100, np.float32),
         "dense": rng.random((5, 5), np.float32),
     }
@@ -225,7 +239,11 @@ def test_leaves_as_sparse_arrays(path):
     for name, kind, axes in (("bcoo", sparse.BCOO, {2, 4}), ("bcsr", sparse.BCSR, {2})):
         loaded = st3jax.load_sparse(path, sparse=name)
         for key, x in loaded.items():
-            found = kind if tree[key].ndim in axes and key != "dense" else np.ndarray
+            found = (
+                kind
+                if tree[key].ndim in axes and key not in ("dense", "truth")
+                else np.ndarray
+            )
             assert type(x) is found, key
         whole = {
             key: np.asarray(x.todense() if hasattr(x, "todense") else x)

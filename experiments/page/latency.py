@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from page.runs import LATENCY
+from page.runs import LATENCY, exported
 from workdir.files import replace_file
 from workdir.surroundings import processor
 
@@ -35,7 +35,12 @@ def measure_latency(workdirs: Sequence[pathlib.Path]) -> str:
         UserError: If a file cannot be run.
         OSError: If the result cannot be written.
     """
-    found = [(w, path) for w in workdirs for path in sorted(w.glob("export/**/*.onnx"))]
+    found = [
+        (workdir, path)
+        for workdir in workdirs
+        for path in exported(workdir)
+        if path.suffix == ".onnx"
+    ]
     if not found:
         return ""
     try:

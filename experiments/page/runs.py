@@ -8,7 +8,7 @@ from errors import UserError
 from workdir.files import cause
 from workdir.monitor import read_metrics
 
-__all__ = ["HISTOGRAMS", "LATENCY", "REPORT", "Run", "read_run"]
+__all__ = ["HISTOGRAMS", "LATENCY", "REPORT", "Run", "exported", "read_run"]
 
 REPORT, HISTOGRAMS, LATENCY = "report.json", "histograms.json", "latency.json"
 
@@ -76,9 +76,18 @@ def remedy(name: str) -> str:
     return "move it away, and the page is made without it"
 
 
+def exported(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """What lies under ``export``, without what a killed command has left half done."""
+    return [
+        path
+        for path in sorted(workdir.glob("export/**/*"))
+        if not any(part.startswith(".draft-") for part in path.parts)
+    ]
+
+
 def _sizes(workdir: pathlib.Path) -> dict[str, int]:
     """The files of the network, and all that was exported."""
-    found = [*sorted(workdir.glob("model*.*")), *sorted(workdir.glob("export/**/*"))]
+    found = [*sorted(workdir.glob("model*.*")), *exported(workdir)]
     return {
         path.relative_to(workdir).as_posix(): path.stat().st_size
         for path in found

@@ -60,9 +60,24 @@ def draft_folder(folder: pathlib.Path, names: Sequence[str]) -> Iterator[pathlib
 
 
 def expected_logits(network: Network) -> np.ndarray:
-    """What JAX computes of the network's images, in full float32."""
+    """What JAX computes of the network's images, in full float32.
+
+    Raises:
+        UserError: If that is no array of numbers that are finite.
+    """
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(network.apply)(network.variables, network.images))
+        logits = jax.jit(network.apply)(network.variables, network.images)
+    if not isinstance(logits, jax.Array):
+        raise UserError(
+            f"the network gives a {type(logits).__name__}, and an export has one "
+            "array: let apply return the logits alone"
+        )
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "the network itself gives numbers that are not finite: see in which of its "
+            "weights they are; nothing was written"
+        )
+    return np.asarray(logits)
 
 
 def check_logits(what: str, found: np.ndarray, expected: np.ndarray) -> float:

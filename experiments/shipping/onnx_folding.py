@@ -305,7 +305,7 @@ def _reshapes(graph: Graph, uses: _Uses) -> None:
             node.input[0] = before.input[0]
         name, result = node.input[0], node.output[0]
         if graph.shapes[name] == graph.shapes[result] and result != uses.end:
-            for reader in uses.readers[result]:
+            for reader in uses.readers.get(result, ()):
                 reader.input[:] = [name if x == result else x for x in reader.input]
 
 

@@ -53,6 +53,9 @@ def max_pool(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
     dilated = (*params["base_dilation"], params["window_dilation"][0])
     if (window[0], window[last]) != (1, 1) or any(n != 1 for n in dilated):
         raise NotImplementedError("pooling over images, channels or gaps")
+    pads = _pads(params["padding"][1:last])
+    if any(pad >= n for pad, n in zip(pads, 2 * window[1:last], strict=True)):
+        raise NotImplementedError("pooling of padding alone")
     order = (0, last, *range(1, last))
     return graph.compute(
         "MaxPool",
@@ -62,7 +65,7 @@ def max_pool(graph: Graph, eqn: jex.JaxprEqn, x: Tensor) -> Tensor:
         kernel_shape=list(window[1:last]),
         strides=list(strides[1:last]),
         dilations=list(params["window_dilation"][1:last]),
-        pads=_pads(params["padding"][1:last]),
+        pads=pads,
     )
 
 

@@ -31,10 +31,12 @@ __all__ = ["Written", "to_onnx", "write"]
 
 OPSET, IR_VERSION = 20, 10
 CALLS = (
-    *("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call"),
+    *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
+    *("remat", "remat2", "checkpoint"),
 )
 """Primitives that only call what is inside."""
+MOVES = ("reshape", "transpose", "squeeze", "convert_element_type")
+"""Primitives that leave a parameter what it is."""
 
 
 class Written(NamedTuple):
@@ -90,9 +92,13 @@ def write(network: Network, expecting: bool = False) -> Written:
     for name in ("images", "logits"):
         walk.graph.unique(name)
     with jax.default_matmul_precision("highest"):
-        (result,) = walk.inside(
-            _traced(network, images), [*_parameters(network), given]
+        results = walk.inside(_traced(network, images), [*_parameters(network), given])
+    if len(results) != 1:
+        raise UserError(
+            f"the network gives {len(results)} arrays, and an export has one: let "
+            "apply return the logits alone"
         )
+    (result,) = results
     if isinstance(result, Known):
         raise UserError("the network gives the same for all images: nothing to export")
     return _finished(walk, network, shape, result)
@@ -244,15 +250,17 @@ class _Walk:
 
     def known(self, eqn: jex.JaxprEqn, given: list[Any]) -> list[Value]:
         """What does not depend on the images is computed at once."""
-        if any(isinstance(n, str) for x in eqn.outvars for n in shape_of(x.aval)):
-            raise self.unknown(
-                eqn, f"a constant with the batch's size ({eqn.primitive.name!r})"
-            )
+        name = eqn.primitive.name
+        results: list[Any] = [x.aval for x in eqn.outvars]
+        if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
+            raise self.unknown(eqn, f"a random key ({name!r})")
+        sized = any(isinstance(n, str) for x in results for n in shape_of(x))
+        if sized or name == "dim_as_value":
+            raise self.unknown(eqn, f"a constant with the batch's size ({name!r})")
         path = next((x.path for x in given if x.path), "")
-        moves = eqn.primitive.name in ("reshape", "transpose", "squeeze")
-        source = given[0].source if moves else ""
-        results = _computed(eqn, [x.array for x in given])
-        return [Known(np.asarray(result), path, source) for result in results]
+        source = given[0].source if name in MOVES else ""
+        computed = _computed(eqn, [x.array for x in given])
+        return [Known(np.asarray(result), path, source) for result in computed]
 
     def scan(self, eqn: jex.JaxprEqn, given: list[Value]) -> list[Value]:
         """Its turns, one after the other."""

@@ -25,14 +25,10 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
             then.
     """
     tensors = named_tensors(network)
-    metadata = {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in network.metadata.items()
-    }
     with agreement.draft_folder(folder, [FILE]) as draft:
         content = safetensors.numpy.save(
             {name: tensor.values for name, tensor in tensors.items()},
-            {"format": "pt", **metadata},
+            {"st3jax": json.dumps(network.metadata)},  # of several, the order varies
         )
         (draft / FILE).write_bytes(content)
         read = safetensors.numpy.load_file(draft / FILE)

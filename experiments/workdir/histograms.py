@@ -67,10 +67,12 @@ def record(workdir: pathlib.Path, job: Job, state: TrainState) -> None:
 
 
 def _histogram(raw: np.ndarray, effective: np.ndarray) -> dict[str, Any]:
-    """Counts between ``-limit`` and ``limit``; of effective weights without zeros."""
-    raw = np.asarray(raw, np.float32)
-    left = np.asarray(effective, np.float32)
-    left = left[left != 0]
+    """Counts between ``-limit`` and ``limit``; of effective weights without zeros.
+
+    What is not finite is in no bin: the loop ends at it, in a sentence.
+    """
+    raw, left = (np.asarray(x, np.float32) for x in (raw, effective))
+    raw, left = raw[np.isfinite(raw)], left[np.isfinite(left) & (left != 0)]
     reaches = [np.quantile(np.abs(x), REACH) for x in (raw, left) if x.size]
     limit = float(max(reaches, default=0)) or 1.0
     bins = min(BINS, 2 * math.isqrt(raw.size) + 1)
@@ -79,7 +81,7 @@ def _histogram(raw: np.ndarray, effective: np.ndarray) -> dict[str, Any]:
         "limit": limit,
         "raw": counts[0].tolist(),
         "effective": counts[1].tolist(),
-        "zeros": int(effective.size - left.size),
+        "zeros": int(np.sum(effective == 0)),
         "weights": int(effective.size),
     }
 

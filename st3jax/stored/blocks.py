@@ -45,6 +45,8 @@ def bits_of(leaf: Any) -> np.ndarray:
         [2147483648, 1065353216]
     """
     array = np.ascontiguousarray(leaf).reshape(-1)
+    if array.dtype == bool:
+        array = array.view(np.uint8) != 0  # a view of other bytes is true, too
     if array.dtype.byteorder == ">":
         array = array.byteswap()
     return array.view(f"<u{array.itemsize}")
