@@ -153,16 +153,18 @@ def timed(
         x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return x / math.sqrt(shape[-1])
 
-    inputs = [drawn(case.tokens, columns) for _, columns in case.shapes()]
-    size = 2 * case.outputs * case.inputs * len(inputs)  # bytes
+    size = 2 * case.outputs * case.inputs * len(case.shapes())  # bytes
     copies = min(64, math.ceil(4 * cache(device) / size))
-    dense, sparse = [], []
-    for shape, x in zip(case.shapes(), inputs, strict=True):
+    dense: list[list[Layer]] = []
+    sparse: list[list[Layer]] = []
+    x = y = drawn(case.tokens, case.inputs)
+    for shape in case.shapes():
+        if sparse:
+            y = functional.gelu(sparse[-1][0](y))  # stored as it will be
         weights = [two_four(drawn(*shape)) for _ in range(copies)]
         dense.append([functools.partial(functional.linear, weight=w) for w in weights])
-        sparse.append(sparse_layers(weights, library, x))
+        sparse.append(sparse_layers(weights, library, y))
     networks = [[*zip(*layers, strict=True)] for layers in (dense, sparse)]
-    x = inputs[0]
     exact, found = (forward(x, network[0]) for network in networks)
     error = float((found - exact).abs().max() / exact.abs().max())
     runs = [each(x, network, way) for network in networks]
