@@ -35,11 +35,18 @@ def main() -> None:
         help=f"file to write; by default {PAGE} or {COMPARISON} in --workdir",
     )
     given = parser.parse_args()
-    workdirs = [given.workdir, *([given.compare] if given.compare else [])]
+    workdirs = [given.workdir]
     out = given.out or given.workdir / (COMPARISON if given.compare else PAGE)
     try:
-        for workdir in workdirs:
-            read_run(workdir)  # before anything is timed
+        read_run(given.workdir)  # before anything is timed
+        if given.compare:
+            read_run(given.compare, "--compare")
+            if given.compare.samefile(given.workdir):
+                raise UserError(
+                    f"{given.compare} is the run of --workdir itself: name another "
+                    "with --compare=..."
+                )
+            workdirs.append(given.compare)
         with writing(out.parent):
             told = measure_latency(workdirs)
             write_page(out, workdirs)

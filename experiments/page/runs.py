@@ -1,11 +1,14 @@
 """What a finished run has left in its workdir, for the page to show."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any, NamedTuple
 
+import st3jax
 from errors import UserError
 from workdir.files import cause
+from workdir.missing import why_missing
 from workdir.monitor import read_metrics
 
 __all__ = ["HISTOGRAMS", "LATENCY", "REPORT", "Run", "exported", "read_run"]
@@ -33,18 +36,24 @@ class Run(NamedTuple):
     files: dict[str, int]
 
 
-def read_run(workdir: pathlib.Path) -> Run:
+def read_run(workdir: pathlib.Path, option: str = "--workdir") -> Run:
     """The run that a workdir holds.
+
+    Args:
+        workdir: The folder.
+        option: With which another folder can be named, to be told if this holds none.
 
     Raises:
         UserError: If none has come to its end there, or a file is damaged.
     """
     try:
         if not (workdir / REPORT).exists():
-            raise UserError(
-                f"{workdir} holds no finished run: it has no {REPORT}, which "
-                "experiments/train.py leaves there at the end"
-            )
+            if _is_transformer(workdir):
+                raise UserError(
+                    f"the network in {workdir} is one of transformer.py, which leaves "
+                    "no report: the runs of train.py do"
+                )
+            raise UserError(why_missing(workdir, REPORT, option))
         return Run(
             name=workdir.resolve().name,
             report=_object(workdir / REPORT),
@@ -55,6 +64,14 @@ def read_run(workdir: pathlib.Path) -> Run:
         )
     except OSError as error:
         raise UserError(f"{workdir} cannot be read ({cause(error)})") from error
+
+
+def _is_transformer(workdir: pathlib.Path) -> bool:
+    """Whether a network lies there that says so of itself."""
+    with contextlib.suppress(OSError, ValueError):
+        metadata = st3jax.read_header(workdir / "model.st3")["metadata"]
+        return bool(metadata.get("network") == "transformer")
+    return False
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from errors import UserError
 from job.augmentation import normalise
 from models import create_model
 from workdir.claim import FREE
+from workdir.missing import why_missing
 
 __all__ = ["Network", "read_network"]
 
@@ -64,7 +65,7 @@ def read_network(workdir: pathlib.Path, data_dir: str | None = None) -> Network:
     """
     path = workdir / "model.st3"
     if not path.is_file():
-        raise UserError(_why_missing(workdir))
+        raise UserError(why_missing(workdir, path.name))
     try:
         metadata = st3jax.read_header(path)["metadata"]
         variables = st3jax.load_sparse(path, max_bytes=MOST_BYTES)
@@ -75,18 +76,6 @@ def read_network(workdir: pathlib.Path, data_dir: str | None = None) -> Network:
     if not isinstance(metadata.get("config"), dict):
         raise UserError(f"{path} does not say of which run it is: name a run's workdir")
     return _convolutional(workdir, variables, metadata, data_dir)
-
-
-def _why_missing(workdir: pathlib.Path) -> str:
-    """What to say of a folder without a network."""
-    if not workdir.is_dir():
-        return f"there is no folder {workdir}: name a run's with --workdir=..."
-    if (workdir / "config.json").exists():
-        return (
-            f"the run in {workdir} has not ended: the command that started it goes on "
-            "from its last checkpoint, and leaves model.st3 at the end"
-        )
-    return f"there is no run in {workdir}, as it has no model.st3"
 
 
 def _convolutional(
