@@ -168,7 +168,9 @@ class Outline(html.parser.HTMLParser):
 def words(text):
     """What a person reads, with plain spaces, dashes and signs."""
     plain = {ord("\N{EN DASH}"): "-", ord("\N{MULTIPLICATION SIGN}"): "x"}
-    return " ".join(" ".join(Outline(text).text).split()).translate(plain)
+    return " ".join(
+        " ".join(Outline(text.replace("<wbr>", "")).text).split()
+    ).translate(plain)
 
 
 def check_alone(text):
@@ -231,6 +233,29 @@ def test_files_are_listed_with_their_share_of_the_dense_one(run):
     assert "draft" not in text
 
 
+def latencies(**milliseconds):
+    """Those of files under ``export/``, as they are written down."""
+    files = [
+        {"file": f"export/{name}.onnx", "milliseconds": x, "fastest": x, "calls": 50}
+        for name, x in milliseconds.items()
+    ]
+    return {"engine": "ONNX Runtime 1", "machine": "one", "files": files}
+
+
+@pytest.mark.parametrize(
+    ("compact", "told"), [(1.9, "model_compact"), (1.91, "model"), (2.0, "model")]
+)
+def test_a_compact_file_is_named_if_it_is_faster(run, compact, told):
+    found = latencies(model_compact=compact, model=2.0)
+    (run / "latency.json").write_text(json.dumps(found))
+    assert f"ms an image, export/{told}.onnx in ONNX Runtime 1" in words(page_of(run))
+
+
+def test_without_the_usual_file_the_fastest_is_named(run):
+    (run / "latency.json").write_text(json.dumps(latencies(b=3.0, a=2.5)))
+    assert "2.5 ms an image, export/a.onnx in" in words(page_of(run))
+
+
 def test_a_dense_run_and_a_moving_average(tmp_path):
     report = changed(config__sparsity__method="none", ema_test_accuracy=0.75)
     text = words(page_of(fill(tmp_path / "run", report)))
@@ -271,15 +296,15 @@ def test_two_runs_stand_side_by_side(run, tmp_path):
     text = page_of(run, fill(tmp_path / "other", report))
     check_alone(text)
     text = words(text)
-    assert "run 81.25 % test accuracy with 67.82 %" in text
-    assert "other 87.50 % test accuracy with 67.82 %" in text
-    assert "other is 6.25 points above run, 10 of 160 images." in text
+    assert "A run 81.25 % test accuracy with 67.82 %" in text
+    assert "B other 87.50 % test accuracy with 67.82 %" in text
+    assert "B is 6.25 points above A, 10 of 160 images." in text
     assert "conv 69.44 % 0.00 % 1,408 4,608 3 / 8 3 / 8 1 / 4 1 / 4" in text
     assert "new - 69.44 % - 1,408 - 3 / 8 - 1 / 4" in text
     assert "mlp 60.00 % - 24 -" in text
     differing, same = text.split(" Settings ")[1].split("The same in both", 1)
     changes = "sparsity.method st3 gmp sparsity.power 3.0 2.0"
-    assert differing.strip() == f"run other {changes}"
+    assert differing.strip() == f"A B {changes}"
     assert same.startswith(" model.name net data.name digits batch_size 64 ")
 
 
@@ -287,8 +312,35 @@ def test_runs_that_agree_are_said_to(run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     text = words(page_of(run, fill(tmp_path / "elsewhere" / "run")))
     assert "Both have the same accuracy, on 160 images." in text
-    assert "run (1) 81.25 %" in text
-    assert "run (2) 81.25 %" in text
+    assert "A run 81.25 %" in text
+    assert "B run 81.25 %" in text
+
+
+def test_long_names_of_folders_are_told_once(tmp_path):
+    name = "-".join(["digits_st3", *(f"sparsity.begin_epoch={i}" for i in range(9))])
+    runs = [fill(tmp_path / f"{name}-{i}") for i in range(2)]
+    for run in runs:
+        export(run)
+    measure_latency(runs)
+    text = words(page_of(*runs))
+    for i in range(2):
+        assert text.count(f"{name}-{i}") == 2  # in the title and at the top
+    assert "of dense B bytes of dense" in text
+    assert "B One image, one thread" in text
+
+
+def test_a_latency_has_the_label_of_its_run(run, tmp_path):
+    other = fill(tmp_path / "other")
+    (other / "latency.json").write_text(json.dumps(latencies(model=1.0)))
+    assert "Latency B One image" in words(page_of(run, other))
+
+
+def test_on_a_narrow_screen_every_number_has_its_name(run, tmp_path):
+    for runs in ((run,), (run, fill(tmp_path / "other"))):
+        stacked = page_of(*runs).split('class="stacked"')[1].split("</table>")[0]
+        cells = re.findall(r"<td[^>]*>", stacked)
+        assert len(cells) == 5 * (7 if len(runs) == 1 else 10)
+        assert all('data-name="' in cell for cell in cells)
 
 
 # What is not there, or not whole.
@@ -302,13 +354,27 @@ def told(call, *arguments):
 
 
 def test_a_run_that_has_not_ended_is_told(tmp_path, run):
-    (tmp_path / "begun").mkdir()
-    for workdir in (tmp_path / "begun", tmp_path / "nowhere", run / "report.json"):
-        sentence = told(page_of, workdir)
-        assert sentence.startswith(str(workdir))
-        assert "holds no finished run" in sentence or "Not a directory" in sentence
-    assert "begun holds no finished" in told(page_of, run, tmp_path / "begun")
+    begun, empty = tmp_path / "begun", tmp_path / "empty"
+    for workdir in (begun, empty):
+        workdir.mkdir()
+    (begun / "config.json").write_text("{}")
+    sentence = told(page_of, run, begun)
+    assert sentence.startswith(f"the run in {begun} has not ended: ")
+    assert sentence.endswith("leaves report.json at the end")
+    sentence = f"there is no run in {empty}, as it has no report.json"
+    assert told(page_of, empty) == sentence
+    assert told(page_of, tmp_path / "nowhere").startswith("there is no folder ")
     assert not (run / "report.html").exists()
+
+
+def test_a_network_of_the_transformer_is_told(tmp_path):
+    weights, path = {"kernel": np.ones((2, 2), np.float32)}, tmp_path / "model.st3"
+    st3jax.save_sparse(path, weights, metadata={"network": "transformer"})
+    assert "transformer.py, which leaves no report" in told(page_of, tmp_path)
+    st3jax.save_sparse(path, weights)
+    assert "there is no run in" in told(page_of, tmp_path)
+    path.write_text("junk")
+    assert "there is no run in" in told(page_of, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["report.json", "histograms.json", "latency.json"])
@@ -383,10 +449,17 @@ def test_the_command_writes_where_it_is_asked_to(run, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--workdir={0}/nothing"], "nothing holds no finished run: it has no report."),
+        (["--workdir={0}/nothing"], "nothing: name a run's with --workdir=..."),
         (
-            ["--workdir={0}/run", "--compare={0}"],
-            " holds no finished run: it has no re",
+            ["--workdir={0}/run", "--compare={0}/nothing"],
+            "/nothing: name a run's with --compare=...",
+        ),
+        (["--workdir={0}/run", "--compare={0}"], "there is no run in "),
+        (["--workdir={0}/run", "--compare={0}/run"], "is the run of --workdir itself"),
+        (["--workdir={0}/run", "--compare={0}/x/../run/"], "the run of --workdir its"),
+        (
+            ["--workdir={0}/run", "--compare={0}/x/link"],
+            "is the run of --workdir itself",
         ),
         (["--workdir={0}/run", "--out={0}/a/b.html"], "(No such file or directory at"),
     ],
@@ -394,6 +467,8 @@ def test_the_command_writes_where_it_is_asked_to(run, tmp_path, monkeypatch, cap
 def test_the_command_ends_in_a_sentence(
     run, tmp_path, monkeypatch, arguments, sentence
 ):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link").symlink_to(run)
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, *(text.format(tmp_path) for text in arguments))
     assert ended.value.code.startswith("error: ")
@@ -431,7 +506,7 @@ def test_exported_networks_are_timed(run, tmp_path, monkeypatch, capsys):
         assert found["engine"].startswith("ONNX Runtime ")
         assert " cores" in found["machine"]
     text = words((run / "report-compare.html").read_text())
-    assert "other: one image, one thread; ONNX Runtime " in text
+    assert "B One image, one thread; ONNX Runtime " in text
     assert "export/compact.onnx" in text
     check_alone(page_of(other))
 

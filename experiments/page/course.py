@@ -7,7 +7,7 @@ import numpy as np
 
 from page.drawing import RULE, RUNS, Line, panel
 from page.runs import Run
-from page.words import names, percent
+from page.words import labels, percent
 
 __all__ = ["panels"]
 
@@ -29,7 +29,7 @@ def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     accuracy = panel("accuracy", [*dense, *accuracies], _ends(accuracies), marks)
     course = panel("zeros", [*targets, *zeros], (-2.0, 102.0), marks)
     loss = panel("loss", losses, (0.0, _highest(losses)), marks)
-    within = map(_dense_within, runs, names(runs) if len(runs) > 1 else [""])
+    within = map(_dense_within, runs, labels(runs))
     notes = [note for notes in within for note in notes]
     return [
         {"title": "Test accuracy, %", "svg": accuracy, "notes": notes},
@@ -45,13 +45,13 @@ def _line(run: Run, name: str, colour: str, factor: float = 1) -> Line:
     )
 
 
-def _dense_within(run: Run, name: str) -> Iterator[str]:
+def _dense_within(run: Run, label: str) -> Iterator[str]:
     """The raw weights of the same run, as long as they were other ones."""
     rows = [row for row in run.rows if "dense_test_accuracy" in row]
     if rows:
         dense, sparse = rows[-1]["dense_test_accuracy"], rows[-1]["test_accuracy"]
         yield (
-            f"After step {rows[-1]['step']:,}{f' of {name}' if name else ''}: "
+            f"After step {rows[-1]['step']:,}{f' of {label}' if label else ''}: "
             f"{percent(sparse)}, and {percent(dense)} with the raw, dense weights"
         )
 

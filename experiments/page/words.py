@@ -4,14 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from page.runs import Run
 
-__all__ = ["amount", "names", "percent", "share", "union", "volume"]
+__all__ = ["amount", "labels", "percent", "share", "union", "volume"]
 
 
-def names(runs: Sequence[Run]) -> list[str]:
-    """Of their folders, told apart where these have the same."""
-    names = [run.name for run in runs]
-    same = len(set(names)) < len(names)
-    return [f"{name} ({i})" for i, name in enumerate(names, 1)] if same else names
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What two runs are called on the page; names of folders may be very long."""
+    return ["A", "B"] if len(runs) > 1 else [""]
 
 
 def percent(share: float) -> str:
