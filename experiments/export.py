@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import importlib
 import pathlib
+import shlex
 import sys
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from rich.table import Table
 import paths
 import terminal
 from errors import UserError
+from shipping import agreement
 from shipping.network import Network, read_network
 from workdir.files import cause
 
@@ -33,7 +35,7 @@ class Format(NamedTuple):
 
     Attributes:
         module: Of ``shipping``, with ``export(network, folder)``.
-        use: What runs ``{file}``, or loads it.
+        use: What runs ``{file}`` on ``{images}``, or loads it.
         compacts: Whether channels that do nothing can be left out.
     """
 
@@ -42,41 +44,49 @@ class Format(NamedTuple):
     compacts: bool = False
 
 
+IMAGES = "images.npy"
 RUN_ONNX = """
+import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{file}")
+images = np.load({images!r})
+session = onnxruntime.InferenceSession({file!r})
 (logits,) = session.run(None, {{"images": images}})
 """
 RUN_MNN = """
 import MNN
+import numpy as np
 
+images = np.load({images!r})
 settings = {{"backend": "CPU", "numThread": 1, "precision": "high"}}
 manager = MNN.nn.create_runtime_manager((settings,))
 network = MNN.nn.load_module_from_file(
-    "{file}", ["images"], ["logits"], runtime_manager=manager
+    {file!r}, ["images"], ["logits"], runtime_manager=manager
 )
 given = MNN.expr.const(images, [*images.shape], MNN.expr.NCHW)
 logits = MNN.expr.convert(network.forward([given])[0], MNN.expr.NCHW).read()
 """
 RUN_JAX = """
-python {file} images.npy
+python {arguments}
 """
-LOAD_TORCH = """
+RUN_TORCH = """
+import numpy as np
 import torch
 
-weights = torch.load("{file}", weights_only=True)
+images = np.load({images!r})
+weights = torch.load({file!r}, weights_only=True)
+{call}
 """
 LOAD_SAFETENSORS = """
 import safetensors.numpy
 
-weights = safetensors.numpy.load_file("{file}")
+weights = safetensors.numpy.load_file({file!r})
 """
 FORMATS = {
     "jax": Format("jax_program", RUN_JAX),
     "onnx": Format("onnx_file", RUN_ONNX, compacts=True),
     "mnn": Format("mnn_file", RUN_MNN, compacts=True),
-    "torch": Format("torch_file", LOAD_TORCH),
+    "torch": Format("torch_file", RUN_TORCH),
     "safetensors": Format("safetensors_file", LOAD_SAFETENSORS),
 }
 
@@ -103,22 +113,30 @@ def export(
     Raises:
         UserError: If something is missing, or a file would not be the network.
     """
+    if not formats:
+        raise UserError(f"--format is some of {', '.join(FORMATS)}, got none")
+    if data_dir and not pathlib.Path(data_dir).expanduser().is_dir():
+        raise UserError(
+            f"there is no folder {data_dir}: --data_dir is where the run's images are"
+        )
     console, folder = Console(), out or workdir / "export"
     modules = {name: _module(name, compacted) for name in formats}
     network = read_network(workdir, data_dir)
     _print_network(console, network)
     options = {"compacted": True} if compacted else {}
     written = {}
-    for name, module in modules.items():
-        with console.status(f"writing and checking {name}"):
-            try:
+    try:
+        for name, module in modules.items():
+            with console.status(f"writing and checking {name}"):
                 written[name] = module.export(network, folder, **options)
-            except OSError as error:
-                raise UserError(
-                    f"writing to {folder} failed ({cause(error)}): choose another "
-                    "folder with --out=..."
-                ) from None
-    _print_written(console, written)
+        with agreement.draft_folder(folder, [IMAGES]) as draft:
+            np.save(draft / IMAGES, np.asarray(network.images, np.float32))
+    except OSError as error:
+        raise UserError(
+            f"writing to {folder} failed ({cause(error)}): choose another folder with "
+            "--out=..."
+        ) from None
+    _print_written(console, written, folder / IMAGES)
     if "torch" in written and ":" in _pattern(network):
         two_four = importlib.import_module("shipping.two_four")
         two_four.print_table(console, network)
@@ -146,8 +164,8 @@ def _module(name: str, compacted: bool) -> Any:
         return importlib.import_module(f"shipping.{FORMATS[name].module}")
     except ImportError as error:
         raise UserError(
-            f"--format={name} needs more than is installed ({error}): "
-            "pip install -e '.[export]'"
+            f"--format={name} needs packages that are not here (the first: {error}): "
+            "pip install -e '.[export]' installs all of them"
         ) from None
 
 
@@ -160,7 +178,7 @@ def _print_network(console: Console, network: Network) -> None:
     pixels = "pixels from 0 to 1"
     if "mean" in network.metadata:
         mean, std = (_numbers(network.metadata[name]) for name in ("mean", "std"))
-        pixels = f"(pixels / 255 - {mean}) / {std}"
+        pixels = f"(pixels / 255 - {mean}) / {std} of pixels from 0 to 255"
     console.print(
         f"{network.name}: {zeros:,} of {weights:,} kernel weights are zero\n"
         f"it takes images as float32 [N, {', '.join(map(str, shape))}], {pixels}\n"
@@ -175,7 +193,9 @@ def _numbers(channels: list[float]) -> str:
     return str(channels[0] if len(channels) == 1 else channels)
 
 
-def _print_written(console: Console, written: dict[str, Any]) -> None:
+def _print_written(
+    console: Console, written: dict[str, Any], images: pathlib.Path
+) -> None:
     """Files, sizes and what was found; then how to run them."""
     table = Table()
     for heading in ("format", "file"):
@@ -186,14 +206,30 @@ def _print_written(console: Console, written: dict[str, Any]) -> None:
         for number, path in enumerate(result.paths):
             found = ("", "", "") if number else _found(name, result)
             table.add_row(found[0], path.name, f"{path.stat().st_size:,}", *found[1:])
+    table.add_row("test images", images.name, f"{images.stat().st_size:,}")
     console.print(table)
     for name, result in written.items():
         for note in result.notes:
             console.print(f"{name}: {note}", soft_wrap=True, markup=False)
     for name, result in written.items():
-        code = FORMATS[name].use.format(file=result.paths[0]).strip()
+        code = lines(name, result, images)
         console.print(f"\n{name}:", style="bold")
-        console.print(code, soft_wrap=True, markup=False, highlight=False)
+        console.print(code, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def lines(name: str, result: agreement.Exported, images: pathlib.Path) -> str:
+    """What runs a file that was written on images, to be pasted as it stands."""
+    paths = [str(result.paths[0]), str(images)]
+    return (
+        FORMATS[name]
+        .use.format(
+            file=paths[0],
+            images=paths[1],
+            arguments=shlex.join(paths),
+            call=result.call,
+        )
+        .strip()
+    )
 
 
 def _found(name: str, result: Any) -> tuple[str, str, str]:
@@ -223,11 +259,12 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Reads the flags and writes; whatever happens is told in a sentence."""
     given = flags.FLAGS
+    workdir = pathlib.Path(given.workdir)
     try:
         if argv[1:]:
             raise UserError(f"unknown argument {argv[1]!r}: settings are --name=value")
         export(
-            pathlib.Path(given.workdir),
+            workdir,
             given.format,
             pathlib.Path(given.out) if given.out else None,
             given.compact,
@@ -235,6 +272,8 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         terminal.end(1, f"error: {error}")
+    except Exception as error:
+        terminal.end(1, f"error: {terminal.tell_crash(error, workdir)}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -84,8 +84,5 @@ def tell_crash(error: BaseException, workdir: pathlib.Path) -> str:
             (folder / name).write_text(text)
         except OSError:
             continue
-        return (
-            f"unexpected {what}; the whole traceback is in {folder / name}; the "
-            "checkpoints are intact, and the same command goes on from the last one"
-        )
+        return f"unexpected {what}; the whole traceback is in {folder / name}"
     return f"unexpected {what}; no folder could be written to for the traceback"

@@ -508,7 +508,10 @@ def _told(error: Exception, workdir: pathlib.Path) -> str:
             f"there is not enough memory ({lines[0][:200]}): lower config.batch_size, "
             "or work through batches in parts with config.accumulate_steps"
         )
-    return terminal.tell_crash(error, workdir)
+    return (
+        f"{terminal.tell_crash(error, workdir)}; the checkpoints are intact, and the "
+        "same command goes on from the last one"
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

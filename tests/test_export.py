@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -88,25 +90,36 @@ def test_every_format_of_a_run(workdir, tmp_path, capsys):
         assert result.paths == [tmp_path / f"model.{name}"]
         assert str(result.paths[0]) in said
         assert f"{result.paths[0].stat().st_size:,}" in said
-    assert sorted(os.listdir(tmp_path)) == ["model.mnn", "model.onnx"]
+    assert sorted(os.listdir(tmp_path)) == ["images.npy", "model.mnn", "model.onnx"]
+    assert re.search(r"test images +│ images.npy +│ +4,224 ", said)
+    assert "/ 0.376 of pixels from 0 to 255\n" in said
     zeros = int(st3jax.summary(read_network(workdir).variables["params"]).zeros)
     assert [result.zeros for result in written.values()] == [zeros] * 2
 
 
-def test_the_lines_that_are_printed_run_the_files(workdir, tmp_path, capfd):
-    written = export.export(workdir, ["onnx", "mnn"], tmp_path)
+def test_the_lines_that_are_printed_run_the_files(workdir, tmp_path, capsys):
+    folder = tmp_path / "it's here"
+    export.export(workdir, ["onnx", "mnn", "jax"], folder)
+    said = capsys.readouterr().out
     network = read_network(workdir)
+    images = np.load(folder / "images.npy")
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(images, network.images)
     expected = network.apply(network.variables, network.images)
-    for name, result in written.items():
-        found = {"images": network.images}
-        exec(export.FORMATS[name].use.format(file=result.paths[0]), found)
+    for name in ("onnx", "mnn"):
+        found = {}
+        exec(
+            re.search(rf"\n{name}:\n(import.*?logits.*?)\n\n\w+:", said, re.S)[1], found
+        )
         np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
+    run = shlex.split(said.partition("\njax:\n")[2])
+    assert run == ["python", *(str(folder / x) for x in ("run.py", "images.npy"))]
 
 
 def test_the_transformer(transformer_out):
     written = export.export(transformer_out, ["mnn"])
     assert written["mnn"].error <= 1e-5
-    assert os.listdir(transformer_out / "export") == ["model.mnn"]
+    assert sorted(os.listdir(transformer_out / "export")) == ["images.npy", "model.mnn"]
 
 
 def test_a_compact_network_is_smaller_and_the_same(workdir, tmp_path):
@@ -122,11 +135,16 @@ def test_a_compact_network_is_smaller_and_the_same(workdir, tmp_path):
         large = export.export(workdir, ["onnx"], tmp_path)
     finally:
         path.write_bytes(before)
-    names = ["model.onnx", "model_compact.mnn", "model_compact.onnx"]
+    names = ["images.npy", "model.onnx", "model_compact.mnn", "model_compact.onnx"]
     assert sorted(os.listdir(tmp_path)) == names
     sizes = [x["onnx"].paths[0].stat().st_size for x in (small, large)]
     assert sizes[0] < sizes[1]
     assert "of the multiply-adds" in small["onnx"].notes[0]
+
+
+def test_that_nothing_could_be_left_out_is_told():
+    agreed = onnx_file.agreed_model(of_transformer(), compacted=True)
+    assert agreed.notes == ("nothing could be left out: no channel does nothing",)
 
 
 def test_mnn_tells_of_kernels_that_it_runs_dense():
@@ -228,6 +246,12 @@ def test_mnn_that_fails_is_told(tmp_path, monkeypatch):
         ("started", {"formats": ["onnx"]}, "started has not ended"),
         ("broken", {"formats": ["onnx"]}, "model.st3 cannot be loaded"),
         (".", {"formats": ["tflite"]}, "got 'tflite'"),
+        (".", {"formats": []}, "--format is some of jax, .*, got none"),
+        (
+            ".",
+            {"formats": ["onnx"], "data_dir": "no/where"},
+            "no folder no/where: --da",
+        ),
     ],
 )
 def test_what_is_wrong_is_a_sentence(name, options, words, tmp_path):
@@ -253,7 +277,7 @@ def test_the_command_writes(transformer_out, tmp_path):
     out = tmp_path / "elsewhere"
     done = command(f"--workdir={transformer_out}", "--format=onnx", f"--out={out}")
     assert (done.returncode, done.stderr) == (0, "")
-    assert os.listdir(out) == ["model.onnx"]
+    assert sorted(os.listdir(out)) == ["images.npy", "model.onnx"]
 
 
 def test_the_command_tells_what_is_missing():
@@ -261,6 +285,33 @@ def test_the_command_tells_what_is_missing():
     assert done.returncode == 1
     assert done.stderr.startswith("error: flag --format")
     assert done.stderr.count("\n") == 1
+
+
+CRASH = """
+import export
+from absl import app
+def fails(*_):
+    raise ZeroDivisionError("of somebody")
+export.export = fails
+export.define_flags()
+app.run(export.main, flags_parser=export.parse_flags)
+"""
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence(tmp_path):
+    arguments = [f"--workdir={tmp_path}", "--format=onnx"]
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(export.__file__).parent,
+    )
+    (file,) = tmp_path.glob("crash-*.txt")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: unexpected ZeroDivisionError: of somebody; the whole traceback is in "
+        f"{file}\n"
+    )
 
 
 def test_images_that_are_gone_are_told(workdir, tmp_path):
@@ -278,5 +329,12 @@ def test_images_that_are_gone_are_told(workdir, tmp_path):
 
 def test_what_is_not_installed_is_told(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "shipping.onnx_file", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[export\]'"):
+    with pytest.raises(UserError, match=r"-e '\.\[export\]' installs all of them"):
         export.export(workdir, ["onnx"])
+
+
+def test_mnn_that_is_not_installed_is_told_before_it_is_needed(workdir, monkeypatch):
+    monkeypatch.delitem(sys.modules, "shipping.mnn_file")
+    monkeypatch.setitem(sys.modules, "MNN", None)
+    with pytest.raises(UserError, match=r"--format=mnn needs .* 'MNN'\): pip install"):
+        export.export(workdir, ["mnn"])

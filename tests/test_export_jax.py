@@ -54,6 +54,29 @@ def test_what_was_written_runs_without_this_project(network, exported):
     np.testing.assert_allclose(first, expected[:1], 1e-4, 1e-5)
 
 
+def test_the_command_prints_the_class_and_all_logits(network, exported, tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, exported.paths[0], *arguments],
+            capture_output=True,
+            text=True,
+        )
+
+    expected = agreement.expected_logits(network)
+    np.save(tmp_path / "images.npy", network.images)
+    rows = np.array(run(tmp_path / "images.npy").stdout.split(), float)
+    rows = rows.reshape(len(network.images), -1)
+    np.testing.assert_array_equal(rows[:, 0], expected.argmax(1))
+    np.testing.assert_allclose(rows[:, 1:], expected, 1e-4, 1e-5)
+    assert run().stderr == "usage: python run.py images.npy\n"
+    gone = run("gone.npy")
+    assert gone.returncode == 1
+    assert re.fullmatch(r"error: .*No such file .*'gone.npy'\n", gone.stderr)
+    np.save(tmp_path / "images.npy", network.images[:, :3])
+    wrong = run(tmp_path / "images.npy").stderr
+    assert re.fullmatch(r"error: Shape mismatch .*\n", wrong)
+
+
 def test_it_says_what_was_found(network, exported):
     leaves = jax.tree.leaves(network.variables)
     assert exported.zeros == sum(int(np.sum(leaf == 0)) for leaf in leaves) > 500
@@ -83,7 +106,7 @@ def test_the_reader_is_short_and_the_one_of_the_documentation():
     code = jax_program.reader().partition("\n\n")[2]
     assert code in (jax_program.DOCS / "files.md").read_text()
     assert len(code.splitlines()) <= 40
-    assert jax_program.RUN.read_text().count("\n") <= 32
+    assert jax_program.RUN.read_text().count("\n") <= 36
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from rich.console import Console
 from torch.sparse import _semi_structured_conversions as conversions
 
 import base_config
+import export
 import st3jax
 from errors import UserError
 from models import MODELS
@@ -54,7 +55,8 @@ OTHERS = {"strided": "cifar_resnet", "bottleneck": "imagenet_resnet"}
 def test_a_network_computes_in_pytorch_what_it_computes_in_jax(name, tmp_path):
     network = shipped.of_model(OTHERS.get(name, name), **NETWORKS[name])
     exported = torch_file.export(network, tmp_path)
-    assert exported.paths == [tmp_path / "model.pt"] == [*tmp_path.iterdir()]
+    names = ["model.pt", "torch_networks.py"]
+    assert exported.paths == [tmp_path / x for x in names] == sorted(tmp_path.iterdir())
     assert exported.error <= 1e-5
     leaves = jax.tree.leaves(network.variables)
     assert exported.zeros == sum(int(np.sum(leaf == 0)) for leaf in leaves) > 500
@@ -85,6 +87,39 @@ def test_torchvision_computes_the_same_with_the_tensors_of_a_resnet_18(tmp_path)
     with torch.inference_mode():
         logits = model.eval()(images).numpy()
     agreement.check_logits("it", logits, agreement.expected_logits(network))
+
+
+@pytest.mark.parametrize("name", ["transformer", "strided", "imagenet_resnet"])
+def test_the_lines_that_are_printed_compute_the_logits(name, tmp_path, monkeypatch):
+    if name == "transformer":
+        network = shipped.of_transformer()
+    elif name == "strided":
+        network = shipped.of_model(OTHERS[name], **NETWORKS[name])
+    else:
+        network = shipped.of_model(name, size=32, depth=18)
+    exported = torch_file.export(network, tmp_path)
+    np.save(tmp_path / "images.npy", network.images)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "torch_networks", raising=False)
+    found = {}
+    exec(export.lines("torch", exported, tmp_path / "images.npy"), found)
+    expected = agreement.expected_logits(network)
+    agreement.check_logits("it", found["logits"], expected)
+    if name != "imagenet_resnet":
+        assert found["NETWORKS"] is not torch_networks.NETWORKS
+        copied = sys.modules.pop("torch_networks").__file__
+        assert pathlib.Path(copied) == exported.paths[1]
+
+
+def test_of_a_network_of_ones_own_the_lines_load_weights(tmp_path):
+    params = {"fc": {"kernel": np.ones((8, 3), "f")}}
+    network = shipped.of_function(lambda p, x: x @ p["fc"]["kernel"], params, (8,))
+    exported = torch_file.export(network, tmp_path)
+    np.save(tmp_path / "images.npy", network.images)
+    found = {}
+    exec(export.lines("torch", exported, tmp_path / "images.npy"), found)
+    assert [*found["weights"]] == ["fc.weight"]
+    assert exported.paths == [tmp_path / "model.pt"]
 
 
 @pytest.mark.parametrize("depth", IMAGENET_STAGES)

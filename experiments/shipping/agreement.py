@@ -35,12 +35,15 @@ class Exported(NamedTuple):
         zeros: Zeros in all arrays of the network, and in the files.
         error: The relative error of the logits; ``None`` if they were not computed.
         notes: What else a person should know, in sentences.
+        call: Lines of Python from ``images`` and ``weights`` to ``logits``, where they
+            depend on the network.
     """
 
     paths: list[pathlib.Path]
     zeros: int
     error: float | None
     notes: tuple[str, ...] = ()
+    call: str = ""
 
 
 @contextlib.contextmanager

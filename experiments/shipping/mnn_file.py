@@ -1,5 +1,6 @@
 """``model.mnn``: for MNN, which runs kernels faster with more than 60 % zeros."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -16,6 +17,9 @@ from shipping.network import Network
 from shipping.onnx_file import Kernel, agreed_model, kernels_of
 
 __all__ = ["export"]
+
+if importlib.util.find_spec("MNN") is None:  # it is imported in a process of its own
+    raise ImportError("No module named 'MNN'")
 
 SPARSE_ABOVE = 0.6
 """Share of zeros above which MNN runs a kernel sparse."""

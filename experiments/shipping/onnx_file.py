@@ -109,6 +109,9 @@ def agreed_model(network: Network, compacted: bool) -> Agreed:
     shares = [
         after / before for before, after in (smaller.weights, smaller.multiply_adds)
     ]
+    if shares == [1, 1]:
+        note = "nothing could be left out: no channel does nothing"
+        return Agreed(smaller.model, zeros, error, (note,))
     note = (
         f"the compact network has {shares[0]:.1%} of the weights and {shares[1]:.1%} "
         "of the multiply-adds of the whole one, zeros included"

@@ -1,6 +1,7 @@
 """Runs the network in ``model.jax.zst`` and ``model.st3``: python run.py images.npy.
 
-Needs jax, numpy and zstandard. Images are float32, normalised as in training.
+Prints of each image the class, then its logits. Needs jax, numpy and zstandard. Images
+are float32, normalised as in training.
 """
 
 import pathlib
@@ -24,4 +25,11 @@ def logits(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    print(logits(np.load(sys.argv[1])))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python run.py images.npy")
+    try:
+        found = logits(np.load(sys.argv[1]))
+    except (OSError, ValueError, EOFError) as error:
+        sys.exit(f"error: {error}")
+    for row in found:
+        print(row.argmax(), *row)

@@ -1,7 +1,7 @@
 """A network as PyTorch's ``state_dict``: ``model.pt``, of tensors alone.
 
 An ImageNet ResNet is what ``torchvision.models.resnet18`` to ``resnet152`` load
-strictly. ``torch_networks.py`` has the other networks.
+strictly. ``torch_networks.py``, which is copied beside it, has the other networks.
 """
 
 import io
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from shipping import agreement
+from shipping import agreement, torch_networks
 from shipping.network import Network
 from shipping.torch_names import (
     Tensor,
@@ -21,11 +21,11 @@ from shipping.torch_names import (
     torchvision_depth,
     variables_of,
 )
-from shipping.torch_networks import NETWORKS
 
-__all__ = ["FILE", "export", "logits"]
+__all__ = ["FILE", "call", "export", "logits"]
 
 FILE = "model.pt"
+SOURCE = pathlib.Path(torch_networks.__file__)
 
 
 def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
@@ -38,7 +38,9 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
             then; or if torchvision is needed, and not installed.
     """
     tensors = named_tensors(network)
-    with agreement.draft_folder(folder, [FILE]) as draft:
+    ours = network.name in torch_networks.NETWORKS and not torchvision_depth(network)
+    names = [FILE, SOURCE.name] if ours else [FILE]
+    with agreement.draft_folder(folder, names) as draft:
         path = draft / FILE
         content = io.BytesIO()  # so that a full disk is an OSError
         torch.save({name: _to_torch(x.values) for name, x in tensors.items()}, content)
@@ -49,18 +51,18 @@ def export(network: Network, folder: pathlib.Path) -> agreement.Exported:
         if found is not None:
             expected = agreement.expected_logits(network)
             error = agreement.check_logits("PyTorch", found, expected)
-    return agreement.Exported([folder / FILE], zeros, error, (_who_takes_it(network),))
+        if ours:
+            (draft / SOURCE.name).write_text(SOURCE.read_text())
+    paths, notes = [folder / name for name in names], (_who_takes_it(network),)
+    return agreement.Exported(paths, zeros, error, notes, call(network, folder))
 
 
 def _who_takes_it(network: Network) -> str:
     """Which network in PyTorch the tensors are for."""
     if depth := torchvision_depth(network):
         return f"torchvision.models.resnet{depth}(num_classes=...) loads it strictly"
-    if network.name in NETWORKS:
-        return (
-            f"NETWORKS[{network.name!r}] of experiments/shipping/torch_networks.py "
-            "computes with it"
-        )
+    if network.name in torch_networks.NETWORKS:
+        return f"NETWORKS[{network.name!r}] of {SOURCE.name} computes with it"
     return "its logits were not computed: this project has no such network in PyTorch"
 
 
@@ -72,10 +74,33 @@ def logits(network: Network, weights: dict[str, torch.Tensor]) -> np.ndarray | N
     with torch.inference_mode():
         if depth := torchvision_depth(network):
             return _torchvision(depth, weights)(images).numpy()
-        if network.name not in NETWORKS:
+        if network.name not in torch_networks.NETWORKS:
             return None
         options = _options(network)
-        return NETWORKS[network.name](weights, images, **options).numpy()
+        return torch_networks.NETWORKS[network.name](weights, images, **options).numpy()
+
+
+def call(network: Network, folder: pathlib.Path) -> str:
+    """Lines that compute what ``logits`` does, where PyTorch has the network."""
+    order = ".permute(0, 3, 1, 2)" if network.images.ndim == 4 else ""
+    given = f"x = torch.tensor(images){order}"
+    if depth := torchvision_depth(network):
+        classes = network.variables["params"]["head"]["kernel"].shape[-1]
+        return (
+            "\nimport torchvision\n\n"
+            f"{given}\n"
+            f"model = torchvision.models.resnet{depth}(num_classes={classes})\n"
+            "model.load_state_dict(weights)\n"
+            "logits = model.eval()(x).detach().numpy()"
+        )
+    if network.name not in torch_networks.NETWORKS:
+        return ""
+    options = "".join(f", {key}={value}" for key, value in _options(network).items())
+    return (
+        f"\nimport sys\n\nsys.path.append({str(folder)!r})\n"
+        f"from {SOURCE.stem} import NETWORKS\n\n{given}\n"
+        f"logits = NETWORKS[{network.name!r}](weights, x{options}).numpy()"
+    )
 
 
 def _torchvision(depth: int, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
