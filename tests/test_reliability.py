@@ -478,6 +478,7 @@ def test_the_last_net_ends_with_a_status(tmp_path):
     )
     assert run.returncode == 1
     assert run.stderr.startswith("error: unexpected ZeroDivisionError: of somebody; th")
+    assert run.stderr.endswith("the same command goes on from the last one\n")
     assert run.stderr.count("\n") == 1
     (file,) = tmp_path.iterdir()
     assert "ZeroDivisionError: of somebody" in file.read_text()
