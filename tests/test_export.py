@@ -82,6 +82,12 @@ def test_a_network_that_is_none_is_told(workdir, apply, words):
         agreement.expected_logits(network)
 
 
+def test_a_network_without_kernels_has_nothing_to_leave_out(workdir):
+    network = read_network(workdir)._replace(apply=lambda v, x: x.mean((1, 2)))
+    agreed = onnx_file.agreed_model(network._replace(variables={}), compacted=True)
+    assert agreed.notes == ("nothing could be left out: no channel does nothing",)
+
+
 def test_every_format_of_a_run(workdir, tmp_path, capsys):
     written = export.export(workdir, ["onnx", "mnn"], tmp_path)
     said = capsys.readouterr().out

@@ -107,7 +107,8 @@ def agreed_model(network: Network, compacted: bool) -> Agreed:
     error = check_batches("the compact model", smaller.model, network, expected)
     zeros = sum(kernel.zeros for kernel in kernels_of(smaller.model))
     shares = [
-        after / before for before, after in (smaller.weights, smaller.multiply_adds)
+        after / before if before else 1.0  # of a network without kernels
+        for before, after in (smaller.weights, smaller.multiply_adds)
     ]
     if shares == [1, 1]:
         note = "nothing could be left out: no channel does nothing"
