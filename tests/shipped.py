@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flagless import imported
 from flax import nnx
 
-import transformer
 from models import MODELS
 from shipping.network import Network
+
+transformer = imported("transformer")
 
 
 def of_model(name, size=8, channels=3, sparsity=0.5, **options):

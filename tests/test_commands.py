@@ -83,6 +83,8 @@ def parse(monkeypatch):
         spec = importlib.util.spec_from_file_location("started", script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if "define_flags" in vars(module):  # if it is started alone
+            module.define_flags()
         if "argparse" not in vars(module):
             assert flags.FLAGS(sys.argv) == [script]
             return

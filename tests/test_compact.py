@@ -8,15 +8,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from flagless import imported
 from flax import nnx
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-import transformer
 from models import MODELS
 from shipping.compact import compact
 from shipping.network import Network
 from shipping.onnx_writer import to_onnx
+
+transformer = imported("transformer")
 
 
 def make(nodes, arrays, image, outputs):

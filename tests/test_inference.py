@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import onnx
 import pytest
+from flagless import imported
 
 import base_config
 from shipping.network import Network
@@ -16,10 +17,10 @@ from shipping.onnx_writer import to_onnx
 
 BENCHMARKS = pathlib.Path(base_config.__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the folder is no package
-inference = importlib.import_module("inference")
-engines = importlib.import_module("engines")
-networks = importlib.import_module("inference_networks")
-tables = importlib.import_module("inference_tables")
+inference = imported("inference")
+engines = imported("engines")
+networks = imported("inference_networks")
+tables = imported("inference_tables")
 
 
 class Tiny(nn.Module):
