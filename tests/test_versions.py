@@ -62,4 +62,4 @@ def test_a_script_beside_the_clone_imports_the_library(tmp_path):
         check=True,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
-    assert run.stdout.strip() == str(ROOT / "st3jax" / "__init__.py")
+    assert run.stdout.endswith("st3jax/__init__.py\n")  # not None, of a mere folder
