@@ -75,7 +75,10 @@ def operators(model):
 def layer(apply, *shape, weights=()):
     """A network of one operation, on random images."""
     rng = np.random.default_rng(0)
-    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def draw(shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     variables = {f"w{n}": draw(shape) for n, shape in enumerate(weights)}
     return Network("layer", apply, variables, draw(shape), {})
 

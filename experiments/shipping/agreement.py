@@ -17,6 +17,7 @@ from shipping.network import Network
 __all__ = [
     "TOLERANCE",
     "Exported",
+    "any_batch",
     "check_logits",
     "check_variables",
     "draft_folder",
@@ -60,6 +61,23 @@ def draft_folder(folder: pathlib.Path, names: Sequence[str]) -> Iterator[pathlib
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # or a power cut could leave an empty file
             os.replace(path, folder / name)
+
+
+@contextlib.contextmanager
+def any_batch() -> Iterator[None]:
+    """Says in a sentence that a network cannot be traced for a batch of any size.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        yield
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise UserError(
+            "the network cannot take a batch of any size: "
+            f"{str(error).splitlines()[0]}; write x.shape[0] for len(x), and -1 or the "
+            "number itself where a shape is computed from it"
+        ) from error
 
 
 def expected_logits(network: Network) -> np.ndarray:

@@ -17,7 +17,6 @@ import zstandard
 from jax import export as jax_export
 
 import st3jax
-from errors import UserError
 from shipping import agreement
 from shipping.network import Network
 
@@ -75,15 +74,9 @@ def program(network: Network) -> bytes:
     before = jax.config.values[SOURCES]
     jax.config.update(SOURCES, 0)
     try:
-        with jax.default_matmul_precision("highest"):
+        with agreement.any_batch(), jax.default_matmul_precision("highest"):
             exporter = jax_export.export(jax.jit(logits), platforms=PLATFORMS)
             return bytes(exporter(weights, images).serialize())
-    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
-        raise UserError(
-            "the network cannot take a batch of any size: "
-            f"{str(error).splitlines()[0]}; write x.shape[0] for len(x), and -1 or the "
-            "number itself where a shape is computed from it"
-        ) from error
     finally:
         jax.config.update(SOURCES, before)
 

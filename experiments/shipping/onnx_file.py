@@ -26,8 +26,6 @@ __all__ = [
 
 FAR = 10 * agreement.TOLERANCE
 """Relative error of a step that is more than rounding."""
-
-
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
@@ -212,10 +210,7 @@ def kernels_of(model: onnx.ModelProto) -> list[Kernel]:
     arrays = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
     found = []
     for node in model.graph.node:
-        if (
-            node.op_type not in ("Conv", "Gemm", "MatMul")
-            or node.input[1] not in arrays
-        ):
+        if node.op_type not in PRODUCTS or node.input[1] not in arrays:
             continue
         array, shape = arrays[node.input[1]], shapes[node.output[0]]
         places = shape[2:] if node.op_type == "Conv" else shape[1:-1]

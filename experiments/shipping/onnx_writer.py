@@ -22,6 +22,7 @@ from jax import export as jax_export
 
 from errors import UserError
 from paths import by_path
+from shipping.agreement import any_batch
 from shipping.network import Network
 from shipping.onnx_folding import fold
 from shipping.onnx_graph import Graph, Known, Shape, Tensor, Value, shape_of
@@ -110,14 +111,8 @@ def _traced(network: Network, images: jax.ShapeDtypeStruct) -> jex.ClosedJaxpr:
     Raises:
         UserError: If it is not one for any batch.
     """
-    try:
+    with any_batch():
         return jax.make_jaxpr(network.apply)(network.variables, images)
-    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
-        raise UserError(
-            "the network cannot take a batch of any size: "
-            f"{str(error).splitlines()[0]}; write x.shape[0] for len(x), and -1 or the "
-            "number itself where a shape is computed from it"
-        ) from error
 
 
 def _parameters(network: Network) -> list[Value]:
